@@ -1,0 +1,225 @@
+"""The messages between the handler and an engine process, and how they are framed.
+
+Both ends hold one end of a local stream socket. A frame is a 4-byte little-endian length and that
+many bytes of MessagePack; every message is a tagged `msgspec.Struct`. One `StepOutput` frame carries
+everything that one engine step produced.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Literal
+
+import msgspec
+
+from runtime.catalogue import ModelSpec
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+Phase = Literal["download", "convert", "load", "warmup"]
+
+_LENGTH = struct.Struct("<I")
+MAX_FRAME_BYTES = 1 << 30
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything an engine process needs to know before its first request. Lengths are in tokens."""
+
+    model: ModelSpec
+    cache_dir: str
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    dtype: str = "auto"
+    quantization: str | None = None
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    enable_chunked_prefill: bool = True
+    enable_prefix_caching: bool = True
+    block_size: int = 16
+    gpu_memory_utilization: float = 0.9
+    kv_cache_bytes: int | None = None
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+
+
+class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """How one sequence is sampled. Ranges are checked by the handler before they get here.
+
+    `temperature` 0 is greedy; `top_k` 0 is off. `stop_token_ids` holds every id that ends the
+    sequence, the model's own end-of-sequence ids included unless the request ignores them.
+    `logprobs` None is off, 0 is the chosen token only, n adds the n most likely.
+    """
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+
+# ---- handler -> engine -------------------------------------------------------------------------
+
+
+class Submit(msgspec.Struct, tag="submit", omit_defaults=True, kw_only=True):
+    """One sequence to generate. `cache_salt` keeps one tenant's prefix blocks from another's."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    cache_salt: str = ""
+
+
+class Abort(msgspec.Struct, tag="abort"):
+    """Forget these requests and free their blocks; no further output is sent for them."""
+
+    request_ids: list[str]
+
+
+class Drain(msgspec.Struct, tag="drain"):
+    """Finish what has been submitted, then exit with status 0."""
+
+
+Command = Submit | Abort | Drain
+
+
+# ---- engine -> handler -------------------------------------------------------------------------
+
+
+class Progress(msgspec.Struct, tag="progress", omit_defaults=True, kw_only=True):
+    """How far a start has come. `directory` is set once config and tokenizer files are in it."""
+
+    phase: Phase
+    bytes_done: int = 0
+    bytes_total: int = 0
+    directory: str | None = None
+
+
+class Ready(msgspec.Struct, tag="ready", kw_only=True):
+    """The engine takes requests. `marks` are seconds since the handler process was executed."""
+
+    device: str
+    dtype: str
+    max_model_len: int
+    vocab_size: int
+    block_size: int
+    num_blocks: int
+    weight_bytes: int
+    marks: dict[str, float]
+    counters: dict[str, int]
+
+
+class TokenLogprobs(msgspec.Struct, array_like=True):
+    """Natural-log probabilities at one position: the token's own, its rank from 1, and the best."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]]
+
+
+class TokenDelta(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """What one step added to one sequence.
+
+    `stop_token_id` is the id that ended a sequence whose `finish_reason` is "stop"; that id is not
+    in `token_ids`. `prompt_logprobs` comes once, with the first delta, and starts with None because
+    nothing predicts the first token.
+    """
+
+    request_id: str
+    token_ids: list[int] = []
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    logprobs: list[TokenLogprobs] = []
+    prompt_logprobs: list[TokenLogprobs | None] = []
+    num_cached_tokens: int = 0
+    error: str | None = None
+
+
+class EngineStats(msgspec.Struct, kw_only=True):
+    """The engine's counters after a step; totals count since the engine started."""
+
+    running: int = 0
+    waiting: int = 0
+    blocks_used: int = 0
+    blocks_total: int = 0
+    prompt_tokens_total: int = 0
+    cached_tokens_total: int = 0
+    generated_tokens_total: int = 0
+    preemptions_total: int = 0
+    steps_total: int = 0
+
+
+class StepOutput(msgspec.Struct, tag="step", kw_only=True):
+    """Everything one engine step produced."""
+
+    deltas: list[TokenDelta]
+    stats: EngineStats
+
+
+class Mark(msgspec.Struct, tag="mark"):
+    """A start mark that was reached after `Ready`, e.g. `first_token`."""
+
+    name: str
+    seconds: float
+
+
+class Fatal(msgspec.Struct, tag="fatal"):
+    """The engine cannot start, for a reason that starting again will not mend."""
+
+    message: str
+
+
+Event = Progress | Ready | StepOutput | Mark | Fatal
+
+_encoder = msgspec.msgpack.Encoder()
+_command_decoder = msgspec.msgpack.Decoder(Command)
+_event_decoder = msgspec.msgpack.Decoder(Event)
+
+
+def encode_frame(message: Command | Event) -> bytes:
+    """One message as the bytes that go on the socket."""
+    body = _encoder.encode(message)
+    return _LENGTH.pack(len(body)) + body
+
+
+def decode_command(body: bytes | memoryview) -> Command:
+    """The message in a frame's body, as the engine reads it."""
+    return _command_decoder.decode(body)
+
+
+def decode_event(body: bytes | memoryview) -> Event:
+    """The message in a frame's body, as the handler reads it."""
+    return _event_decoder.decode(body)
+
+
+class FrameReader:
+    """Cuts a byte stream into frame bodies, whatever the sizes it arrives in."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Take in bytes as they arrive and return the bodies of all frames now complete."""
+        self._buffer += data
+        bodies = []
+        start = 0
+        while len(self._buffer) - start >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(self._buffer, start)
+            if length > MAX_FRAME_BYTES:
+                raise ValueError(f"frame of {length} bytes: the other end speaks another protocol")
+            end = start + _LENGTH.size + length
+            if len(self._buffer) < end:
+                break
+            bodies.append(bytes(self._buffer[start + _LENGTH.size : end]))
+            start = end
+        del self._buffer[:start]
+        return bodies
