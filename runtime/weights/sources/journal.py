@@ -1,0 +1,137 @@
+"""The record of an unfinished download: which bytes of which file are on the disk.
+
+It outlives the process: a record is appended after its bytes were written, so whatever moment the
+process is killed at, every recorded byte is there, and at most the blocks in flight come again.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from runtime.weights.sources.intervals import Intervals
+from runtime.weights.sources.remote import RemoteFile
+
+_MANIFEST = "manifest.json"
+_RECORDS = "records"
+# Index of the file in the manifest, offset, length, and a checksum of these three.
+_BODY = struct.Struct("<IQQ")
+_RECORD = struct.Struct("<IQQI")
+
+
+class Manifest(msgspec.Struct):
+    """What an unfinished download is of. `chosen` are the files it will end with, as far as known."""
+
+    boot_id: str
+    files: list[RemoteFile]
+    chosen: list[str]
+
+
+class Journal:
+    """The journal of one download, open for appending."""
+
+    def __init__(self, directory: Path, files: Sequence[RemoteFile]) -> None:
+        """Continue the journal in `directory` if it is of the same files, else begin a new one.
+
+        Bytes that were written before the machine last went down may never have reached its disk, so
+        a file without a digest is not continued across a reboot.
+        """
+        self._directory = directory
+        self._manifest = Manifest(_boot_id(), list(files), [])
+        self._indices = {file.name: i for i, file in enumerate(files)}
+        self._done = [Intervals() for _ in files]
+        earlier = read_manifest(directory)
+        if earlier is not None and earlier.files == self._manifest.files:
+            self._done = read_records(directory, len(files))
+            if earlier.boot_id != self._manifest.boot_id:
+                self._drop_unverifiable()
+        else:
+            (directory / _RECORDS).unlink(missing_ok=True)
+        self._write_manifest()
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        self._fd = os.open(directory / _RECORDS, flags, 0o644)
+        self._cut_torn_record()
+
+    def close(self) -> None:
+        """Stop appending."""
+        os.close(self._fd)
+
+    def choose(self, names: Sequence[str]) -> None:
+        """Record which files the download will end with, for those who watch it."""
+        self._manifest.chosen = list(names)
+        self._write_manifest()
+
+    def done(self, name: str) -> Intervals:
+        """What is on the disk of this file; the caller adds to it as it appends."""
+        return self._done[self._indices[name]]
+
+    def append(self, name: str, offset: int, length: int) -> None:
+        """Record that [offset, offset + length) of this file is written."""
+        os.write(self._fd, _pack(self._indices[name], offset, length))
+
+    def forget(self, name: str) -> None:
+        """Record that nothing of this file is of use: its content failed verification."""
+        self._done[self._indices[name]] = Intervals()
+        os.write(self._fd, _pack(self._indices[name], 0, 0))
+
+    def _cut_torn_record(self) -> None:
+        whole = os.fstat(self._fd).st_size // _RECORD.size * _RECORD.size
+        os.ftruncate(self._fd, whole)
+
+    def _drop_unverifiable(self) -> None:
+        for i, file in enumerate(self._manifest.files):
+            if file.sha256 is None and file.git_sha1 is None:
+                self._done[i] = Intervals()
+        # The new boot id goes into the manifest, so the records must say the same from here on.
+        records = b"".join(
+            _pack(i, start, end - start) for i, done in enumerate(self._done) for start, end in done.ranges()
+        )
+        (self._directory / _RECORDS).write_bytes(records)
+
+    def _write_manifest(self) -> None:
+        temporary = self._directory / (_MANIFEST + ".new")
+        temporary.write_bytes(msgspec.json.encode(self._manifest))
+        temporary.replace(self._directory / _MANIFEST)
+
+
+def read_manifest(directory: Path) -> Manifest | None:
+    """The manifest of the unfinished download in `directory`; None where there is none."""
+    try:
+        return msgspec.json.decode((directory / _MANIFEST).read_bytes(), type=Manifest)
+    except (FileNotFoundError, NotADirectoryError, msgspec.DecodeError):
+        return None
+
+
+def read_records(directory: Path, count: int) -> list[Intervals]:
+    """What is on the disk of each of the manifest's `count` files."""
+    done = [Intervals() for _ in range(count)]
+    try:
+        data = (directory / _RECORDS).read_bytes()
+    except FileNotFoundError:
+        return done
+    for at in range(0, len(data) - _RECORD.size + 1, _RECORD.size):
+        index, offset, length, checksum = _RECORD.unpack_from(data, at)
+        if checksum != zlib.crc32(data[at : at + _BODY.size]) or index >= count:
+            break
+        if length:
+            done[index].add(offset, offset + length)
+        else:
+            done[index] = Intervals()
+    return done
+
+
+def _pack(index: int, offset: int, length: int) -> bytes:
+    body = _BODY.pack(index, offset, length)
+    return body + struct.pack("<I", zlib.crc32(body))
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""

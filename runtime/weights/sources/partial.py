@@ -1,0 +1,113 @@
+"""A file that is coming: its bytes on the disk, and its verification, which follows them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from pathlib import Path
+
+from runtime.weights.sources.journal import Journal
+from runtime.weights.sources.remote import RemoteFile
+
+_READ_BYTES = 4 << 20
+
+
+class Stopped(Exception):
+    """The download was given up; whoever sees this just ends."""
+
+
+class PartialFile:
+    """One file of a download: its bytes on the disk and the record of which are there.
+
+    Safe to use from many threads. Written bytes are recorded in the journal after they are written.
+    """
+
+    def __init__(self, file: RemoteFile, directory: Path, journal: Journal) -> None:
+        self.file = file
+        self.path = directory / file.name
+        # Held by the one thread that reads the whole file where the server knows no ranges.
+        self.whole = threading.Lock()
+        self._journal = journal
+        self._changed = threading.Condition()
+        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        if os.fstat(self._fd).st_size != file.size:
+            # A file of another length than recorded: what the journal says of it cannot be relied on.
+            if journal.done(file.name).total and os.fstat(self._fd).st_size < file.size:
+                journal.forget(file.name)
+            os.ftruncate(self._fd, file.size)
+        self._done = journal.done(file.name)
+
+    def close(self) -> None:
+        """Close the file's descriptor."""
+        os.close(self._fd)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every byte is on the disk."""
+        with self._changed:
+            return self._done.total == self.file.size
+
+    @property
+    def bytes_done(self) -> int:
+        """How many bytes are on the disk."""
+        with self._changed:
+            return self._done.total
+
+    def missing(self, start: int, end: int) -> list[tuple[int, int]]:
+        """The ranges within [start, end) that are not on the disk."""
+        with self._changed:
+            return self._done.missing(start, end)
+
+    def write(self, offset: int, block: bytes | bytearray) -> None:
+        """Put a block in its place, record it, and wake the verification."""
+        view = memoryview(block)
+        written = 0
+        while written < len(view):
+            written += os.pwrite(self._fd, view[written:], offset + written)
+        self._journal.append(self.file.name, offset, len(view))
+        with self._changed:
+            self._done.add(offset, offset + len(view))
+            self._changed.notify_all()
+
+    def forget(self) -> None:
+        """Treat the whole file as missing."""
+        with self._changed:
+            self._journal.forget(self.file.name)
+            self._done = self._journal.done(self.file.name)
+
+    def matches(self, stop: threading.Event) -> bool:
+        """Wait until the file is complete, hashing it as it comes; whether it is what was listed.
+
+        A file that the source gives no digest of matches when it is complete. Raises Stopped when
+        `stop` is set first.
+        """
+        digest, expected = _digest(self.file)
+        buffer = memoryview(bytearray(min(_READ_BYTES, self.file.size)))
+        position = 0
+        while position < self.file.size:
+            end = self._wait_beyond(position, stop)
+            while expected is not None and position < end:
+                count = os.preadv(self._fd, [buffer[: end - position]], position)
+                digest.update(buffer[:count])
+                position += count
+            position = end
+        return expected is None or digest.hexdigest() == expected
+
+    def _wait_beyond(self, position: int, stop: threading.Event) -> int:
+        with self._changed:
+            while True:
+                if stop.is_set():
+                    raise Stopped
+                end = self._done.end_of_run(position)
+                if end > position:
+                    return end
+                self._changed.wait(0.2)
+
+
+def _digest(file: RemoteFile) -> tuple[hashlib._Hash, str | None]:
+    if file.sha256 is not None:
+        return hashlib.sha256(), file.sha256
+    # Git names a blob by the digest of its content with this header; it guards no secret here.
+    digest = hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
+    return digest, file.git_sha1

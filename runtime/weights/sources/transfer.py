@@ -1,0 +1,194 @@
+"""Many ranged reads at once into the files of one download, resumed, retried, verified."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from runtime.weights.sources import retry
+from runtime.weights.sources.errors import SourceError
+from runtime.weights.sources.journal import Journal
+from runtime.weights.sources.partial import PartialFile, Stopped
+from runtime.weights.sources.remote import RangeReply, Remote, RemoteFile, Transient
+
+# One ranged read asks for this much; a killed process loses at most one block of it per connection.
+RANGE_BYTES = 8 << 20
+BLOCK_BYTES = 256 << 10
+_VERIFIERS = 4
+_REPORT_S = 0.1
+
+
+class _RangesIgnored(Exception):
+    """The server answered a ranged read with the whole file."""
+
+
+class Download:
+    """The download of chosen files of one remote version into an entry.
+
+    Files come into `partial_dir` and are renamed into `final_dir` as soon as they are verified.
+    """
+
+    def __init__(self, remote: Remote, journal: Journal, partial_dir: Path, final_dir: Path) -> None:
+        self._remote = remote
+        self._journal = journal
+        self._partial_dir = partial_dir
+        self._final_dir = final_dir
+
+    def bytes_done(self, file: RemoteFile) -> int:
+        """How many of the file's bytes are on the disk."""
+        return file.size if self._in_place(file) else self._journal.done(file.name).total
+
+    def run(self, files: Sequence[RemoteFile], report: Callable[[], None]) -> None:
+        """Bring all `files` to their final place; `report` is called a few times a second.
+
+        A file whose content fails verification is fetched once more from the start.
+        """
+        pending = [file for file in files if not self._in_place(file)]
+        for final in (False, True):
+            if pending:
+                pending = _Round(self._remote, self._open(pending), self._final_dir).run(report)
+            report()
+            if pending and final:
+                names = ", ".join(file.name for file in pending)
+                raise SourceError(
+                    "verification",
+                    f"{self._remote.where}: {names} arrived twice with another content than the source's "
+                    "own digest promises. Something between here and there alters it: try another network "
+                    "or mirror, or report it to the source.",
+                )
+
+    def _in_place(self, file: RemoteFile) -> bool:
+        try:
+            return (self._final_dir / file.name).stat().st_size == file.size
+        except FileNotFoundError:
+            return False
+
+    def _open(self, files: Sequence[RemoteFile]) -> list[PartialFile]:
+        return [PartialFile(file, self._partial_dir, self._journal) for file in files]
+
+
+class _Round:
+    """One pass over files: reading threads fill them, verifying threads follow."""
+
+    def __init__(self, remote: Remote, files: list[PartialFile], final_dir: Path) -> None:
+        self._remote = remote
+        self._files = files
+        self._final_dir = final_dir
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._error: BaseException | None = None
+        self._ranges = deque(
+            (file, at, min(at + RANGE_BYTES, end))
+            for file in files
+            for start, end in file.missing(0, file.file.size)
+            for at in range(start, end, RANGE_BYTES)
+        )
+        self._unverified = deque(files)
+        self._mismatched: list[RemoteFile] = []
+
+    def run(self, report: Callable[[], None]) -> list[RemoteFile]:
+        """Fill and verify all files; those that failed verification are returned, forgotten."""
+        readers = [self._read_ranges] * min(self._remote.connections, len(self._ranges))
+        verifiers = [self._verify_files] * min(_VERIFIERS, len(self._files))
+        threads = [
+            threading.Thread(target=self._guarded, args=(w,), daemon=True) for w in readers + verifiers
+        ]
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                while thread.is_alive():
+                    report()
+                    thread.join(_REPORT_S)
+        finally:
+            # No thread may still write once the entry's lock is let go.
+            self._stop.set()
+            for thread in threads:
+                thread.join()
+            for file in self._files:
+                file.close()
+        if self._error is not None:
+            raise self._error
+        return self._mismatched
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Stopped:
+            pass
+        except BaseException as error:
+            with self._lock:
+                self._error = self._error or error
+            self._stop.set()
+
+    def _verify_files(self) -> None:
+        while True:
+            with self._lock:
+                if not self._unverified:
+                    return
+                file = self._unverified.popleft()
+            if file.matches(self._stop):
+                file.path.rename(self._final_dir / file.file.name)
+            else:
+                file.forget()
+                with self._lock:
+                    self._mismatched.append(file.file)
+
+    def _read_ranges(self) -> None:
+        while not self._stop.is_set():
+            with self._lock:
+                if not self._ranges:
+                    return
+                file, start, end = self._ranges.popleft()
+            try:
+                self._read(file, start, end)
+            except _RangesIgnored:
+                with file.whole:
+                    self._read(file, 0, file.file.size, whole=True)
+
+    def _read(self, file: PartialFile, start: int, end: int, whole: bool = False) -> None:
+        tries = 0
+        while missing := file.missing(start, end):
+            before = file.bytes_done
+            try:
+                with self._remote.open_range(file.file, missing[0][0], end) as reply:
+                    if reply.offset < missing[0][0] and not whole:
+                        raise _RangesIgnored
+                    self._receive(file, reply, end)
+            except Transient as problem:
+                tries = 1 if file.bytes_done > before else tries + 1
+                if tries >= retry.MAX_FRUITLESS_TRIES:
+                    raise SourceError(
+                        "network",
+                        f"{self._remote.where}: {file.file.name} stopped coming after {tries} tries in a row "
+                        f"({problem}). Check the network and start again: it continues where it stopped.",
+                    ) from problem
+                if self._stop.wait(retry.delay_s(tries, problem.retry_after)):
+                    raise Stopped from None
+
+    def _receive(self, file: PartialFile, reply: RangeReply, end: int) -> None:
+        if reply.total is not None and reply.total != file.file.size:
+            raise SourceError(
+                "verification",
+                f"{self._remote.where}: {file.file.name} has {reply.total} bytes, but was listed with "
+                f"{file.file.size}. It changed, or a proxy answers in its place; start again.",
+            )
+        position = reply.offset
+        buffer = bytearray()
+        try:
+            for block in reply.blocks:
+                if self._stop.is_set():
+                    raise Stopped
+                buffer += block[: end - position - len(buffer)]
+                if len(buffer) >= BLOCK_BYTES or position + len(buffer) == end:
+                    file.write(position, buffer)
+                    position += len(buffer)
+                    buffer = bytearray()
+                if position == end:
+                    return
+        finally:
+            if buffer:
+                file.write(position, buffer)
+        raise Transient("the connection was closed early")
