@@ -1,0 +1,289 @@
+"""A stand-in for the Hugging Face Hub that speaks its protocol to the genuine client.
+
+    with HubServer() as hub:
+        commit = hub.add_repo("org/name", {"config.json": b"{}"})      # or a folder's path
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+
+Weights are served as the Hub serves LFS files: by a redirect to another host ("localhost" instead of
+"127.0.0.1"), to which no token may go. Every request is recorded; faults are injected with `fail`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+
+@dataclass
+class Request:
+    """One request that came in; `sent` counts the bytes of its body that went out."""
+
+    method: str
+    path: str
+    host: str
+    range: str | None
+    authorization: str | None
+    sent: int = 0
+
+
+@dataclass
+class Fault:
+    """What goes wrong with the next `times` requests whose path contains `match`.
+
+    `status` answers with that status and `headers`; `cut_after` closes the connection after so many
+    bytes of the body; `corrupt` flips a bit; `ignore_range` answers 200 with the whole file;
+    `before_body` is called with the handler's write function blocked until it returns.
+    """
+
+    match: str
+    times: int = 1
+    status: int | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    cut_after: int | None = None
+    corrupt: bool = False
+    ignore_range: bool = False
+    before_body: Callable[[], object] | None = None
+
+
+@dataclass
+class Repo:
+    """One repository: commits with their files, and the refs that point at them."""
+
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    refs: dict[str, str] = field(default_factory=dict)
+    gated: bool = False
+    token: str | None = None
+
+
+class HubServer:
+    """The stand-in, serving on a free port of the loopback interface while it is entered."""
+
+    def __init__(self, *, bytes_per_second: int | None = None) -> None:
+        self.repos: dict[str, Repo] = {}
+        self.requests: list[Request] = []
+        self.bytes_per_second = bytes_per_second
+        self._faults: list[Fault] = []
+        self._lock = threading.Lock()
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self._server = _QuietServer(("127.0.0.1", 0), handler)
+        self.port = self._server.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+
+    def __enter__(self) -> HubServer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def add_repo(
+        self,
+        repo_id: str,
+        files: Mapping[str, bytes] | Path,
+        *,
+        ref: str = "main",
+        gated: bool = False,
+        token: str | None = None,
+    ) -> str:
+        """Commit files (a mapping, or a folder) to a repository; the commit that `ref` now names."""
+        if isinstance(files, Path):
+            root = files
+            files = {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+        listing = "".join(f"{name} {git_sha1(content)}\n" for name, content in sorted(files.items()))
+        commit = hashlib.sha1(listing.encode()).hexdigest()
+        repo = self.repos.setdefault(repo_id, Repo())
+        repo.commits[commit] = dict(files)
+        repo.refs[ref] = commit
+        repo.gated, repo.token = gated, token
+        return commit
+
+    def fail(self, match: str, **fault: Any) -> None:
+        """Inject a fault: see `Fault`."""
+        self._faults.append(Fault(match, **fault))
+
+    def body_bytes(self, match: str = "/") -> int:
+        """How many bytes of bodies went out for paths that contain `match`."""
+        return sum(request.sent for request in self.requests if match in request.path)
+
+    def take_fault(self, path: str) -> Fault | None:
+        """The fault that the request for this path meets, counted down."""
+        with self._lock:
+            for fault in self._faults:
+                if fault.match in path and fault.times > 0:
+                    fault.times -= 1
+                    return fault
+        return None
+
+
+def git_sha1(content: bytes) -> str:
+    """The id that git gives a blob."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+class _QuietServer(ThreadingHTTPServer):
+    daemon_threads = True
+    # Connections that a test cuts, or that a killed client drops, are no news.
+    block_on_close = False
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: HubServer
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def _answer(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.record = Request(
+            self.command,
+            path,
+            self.headers.get("Host", ""),
+            self.headers.get("Range"),
+            self.headers.get("Authorization"),
+        )
+        self.hub.requests.append(self.record)
+        self.fault = self.hub.take_fault(path)
+        if self.fault and self.fault.status:
+            self._send(self.fault.status, b"", self.fault.headers)
+        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/(.+)", path):
+            self._revision(*found.groups())
+        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path):
+            self._tree(*found.groups())
+        elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            self._resolve(*found.groups())
+        elif found := re.fullmatch(r"/storage/([^/]+/[^/]+)/([0-9a-f]{40})/(.+)", path):
+            repo_id, commit, name = found.groups()
+            self._content(self.hub.repos[repo_id].commits[commit][name], {})
+        else:
+            self._send(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+
+    def _repo(self, repo_id: str) -> Repo | None:
+        """The repository, unless it is missing or closed to this request; then it is answered."""
+        repo = self.hub.repos.get(repo_id)
+        allowed = repo is not None and (
+            repo.token is None or self.record.authorization == f"Bearer {repo.token}"
+        )
+        if repo is None or (not allowed and not repo.gated):
+            self._send(401, b"{}", {"X-Error-Code": "RepoNotFound"})
+            return None
+        if not allowed:
+            self._send(403, b"{}", {"X-Error-Code": "GatedRepo"})
+            return None
+        return repo
+
+    def _commit(self, repo: Repo, revision: str) -> str | None:
+        commit = repo.refs.get(revision, revision)
+        if commit not in repo.commits:
+            self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+            return None
+        return commit
+
+    def _revision(self, repo_id: str, revision: str) -> None:
+        # A gated repository's description is public; its files are not.
+        gated = repo_id in self.hub.repos and self.hub.repos[repo_id].gated
+        repo = self.hub.repos[repo_id] if gated else self._repo(repo_id)
+        if repo is None or (commit := self._commit(repo, revision)) is None:
+            return
+        siblings = [{"rfilename": name} for name in repo.commits[commit]]
+        self._json(
+            {
+                "id": repo_id,
+                "sha": commit,
+                "siblings": siblings,
+                "private": False,
+                "gated": "manual" if repo.gated else False,
+                "tags": [],
+            }
+        )
+
+    def _tree(self, repo_id: str, revision: str) -> None:
+        repo = self.hub.repos[repo_id]
+        if (commit := self._commit(repo, revision)) is None:
+            return
+        items: list[dict[str, Any]] = []
+        for name, content in repo.commits[commit].items():
+            item = {"type": "file", "path": name, "size": len(content), "oid": git_sha1(content)}
+            if _is_lfs(name):
+                digest = hashlib.sha256(content).hexdigest()
+                item["lfs"] = {"oid": digest, "size": len(content), "pointerSize": 134}
+            items.append(item)
+        self._json(items)
+
+    def _resolve(self, repo_id: str, revision: str, name: str) -> None:
+        repo = self._repo(repo_id)
+        if repo is None or (commit := self._commit(repo, revision)) is None:
+            return
+        content = repo.commits[commit].get(name)
+        if content is None:
+            self._send(404, b"{}", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
+            return
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{git_sha1(content)}"'}
+        if _is_lfs(name):
+            headers["X-Linked-Etag"] = f'"{hashlib.sha256(content).hexdigest()}"'
+            headers["X-Linked-Size"] = str(len(content))
+            headers["Location"] = f"http://localhost:{self.hub.port}/storage/{repo_id}/{commit}/{name}"
+            self._send(302, b"", headers)
+        else:
+            self._content(content, headers)
+
+    def _content(self, content: bytes, headers: dict[str, str]) -> None:
+        if self.fault and self.fault.corrupt:
+            content = bytes([content[0] ^ 1]) + content[1:]
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.record.range or "")
+        if wanted is None or (self.fault and self.fault.ignore_range):
+            self._send(200, content, headers)
+            return
+        start, end = int(wanted[1]), min(int(wanted[2] or len(content)) + 1, len(content))
+        headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(content)}"
+        self._send(206, content[start:end], headers)
+
+    def _json(self, value: Any) -> None:
+        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        if self.fault and self.fault.before_body:
+            self.fault.before_body()
+        cut = self.fault.cut_after if self.fault else None
+        for at in range(0, len(body if cut is None else body[:cut]), 1 << 16):
+            block = body[at : min(at + (1 << 16), len(body) if cut is None else cut)]
+            self.wfile.write(block)
+            self.record.sent += len(block)
+            if self.hub.bytes_per_second:
+                threading.Event().wait(len(block) / self.hub.bytes_per_second)
+        if cut is not None:
+            self.wfile.flush()
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+
+
+def _is_lfs(name: str) -> bool:
+    return name.endswith((".safetensors", ".bin"))
