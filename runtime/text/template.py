@@ -1,0 +1,91 @@
+"""Chat templates: messages -> the text of a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+from runtime.errors import FirstlightError, RequestError
+
+if TYPE_CHECKING:
+    import jinja2
+
+    from runtime.text.tokenizer import Tokenizer
+
+_TIME_LIMIT_S = 2.0
+
+
+class ChatTemplateError(FirstlightError):
+    """A model's chat template that cannot be used at all."""
+
+
+class ChatTemplate:
+    """One model's chat template, or several by name, of which `tool_use` serves requests with tools."""
+
+    def __init__(
+        self, source: str | Mapping[str, str], *, special_tokens: Mapping[str, str] | None = None
+    ) -> None:
+        """`special_tokens` (bos_token and the like) are variables of the template.
+
+        Raises ChatTemplateError if the source is no valid template.
+        """
+        sources = {"default": source} if isinstance(source, str) else source
+        if "default" not in sources:
+            raise ChatTemplateError(
+                f"the model has no chat template named 'default'; it has {', '.join(sources) or 'none'}"
+            )
+        self._templates = {name: _compile(name, text) for name, text in sources.items()}
+        self._special_tokens = dict(special_tokens or {})
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> Self | None:
+        """The template that came with a tokenizer, or None."""
+        if not tokenizer.chat_templates:
+            return None
+        return cls(tokenizer.chat_templates, special_tokens=tokenizer.special_tokens)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """The prompt as text; `variables` are passed to the template.
+
+        Messages and tools are plain JSON values. Raises RequestError with the template's own words
+        where it refuses them, and when it takes too long or builds too much.
+        """
+        from runtime.text.sandbox import TemplateLimitError, bounded_join, time_limit
+
+        name = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
+        given = {"messages": messages, "tools": tools, "documents": None} | self._special_tokens | variables
+        given["add_generation_prompt"] = add_generation_prompt
+        try:
+            with time_limit(_TIME_LIMIT_S):
+                return bounded_join(self._templates[name].generate(given))
+        except TemplateLimitError as error:
+            raise RequestError(str(error), "messages") from error
+        except RecursionError as error:
+            raise RequestError("the chat template calls itself without end", "messages") from error
+        except Exception as error:  # a template is a program: anything can go wrong in it
+            detail = str(error) or type(error).__name__
+            raise RequestError(
+                f"the model's chat template refuses these messages: {detail}", "messages"
+            ) from error
+
+
+def _compile(name: str, source: str) -> jinja2.Template:
+    from jinja2 import TemplateSyntaxError
+
+    from runtime.text.sandbox import ChatTemplateEnvironment
+
+    try:
+        return ChatTemplateEnvironment().from_string(source)
+    except TemplateSyntaxError as error:
+        raise ChatTemplateError(
+            f"chat template {name!r}, line {error.lineno}: {error.message}; pass a corrected template"
+        ) from error
+    except RecursionError as error:
+        raise ChatTemplateError(f"chat template {name!r} is nested too deeply") from error
