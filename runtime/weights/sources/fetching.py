@@ -60,7 +60,7 @@ def _download(
     small = [file for file in files if is_small(file.name)]
     require_space(entry.partial, sum(file.size - download.bytes_done(file) for file in small))
     download.run(small, report)
-    wanted = weight_files({file.name for file in files}, _index(entry), remote.where)
+    wanted = weight_files({file.name for file in remote.files}, _index(entry), remote.where)
     weights = [file for name in wanted for file in files if file.name == name]
     chosen = small + weights
     journal.choose([file.name for file in chosen])

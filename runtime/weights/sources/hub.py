@@ -26,7 +26,7 @@ from runtime.weights.sources.folder import holds_model
 from runtime.weights.sources.headers import body_range, retry_after
 from runtime.weights.sources.reference import Reference
 from runtime.weights.sources.remote import RangeReply, RemoteFile, Transient
-from runtime.weights.sources.selection import is_small
+from runtime.weights.sources.selection import SAFETENSORS_INDEX, is_small, weight_files
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _DEFAULT_ENDPOINT = "https://huggingface.co"
 _MAX_REDIRECTS = 5
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_TOKENIZERS = {"tokenizer.json", "tokenizer.model", "vocab.json"}
 
 
 def locate(reference: Reference, cache_dir: Path) -> Path | None:
@@ -63,13 +63,13 @@ def fetch(reference: Reference, cache_dir: Path, on_progress: OnProgress) -> Pat
         )
     remote = HubRemote(reference)
     entry = _entry(reference, cache_dir, remote.commit)
-    elsewhere = None if entry.complete() else _in_client_cache(reference, remote.commit)
-    if elsewhere is None or not _holds_small_files(elsewhere, remote.files):
-        elsewhere = bring(remote, reference.url, entry, on_progress)
+    directory = None if entry.complete() else _in_client_cache(reference, remote.commit)
+    if directory is None:
+        directory = bring(remote, reference.url, entry, on_progress)
     if not pinned:
         with explained(entry.model_dir):
             remember(entry.model_dir, ref, remote.commit)
-    return elsewhere
+    return directory
 
 
 class HubRemote:
@@ -262,25 +262,32 @@ def _in_client_cache(reference: Reference, ref: str) -> Path | None:
     repo = Path(os.path.expanduser(os.path.expandvars(hub))) / f"models--{_folder(reference)}"
     try:
         commit = ref if _COMMIT.fullmatch(ref) else (repo / "refs" / ref).read_text().strip()
-        names = os.listdir(repo / "snapshots" / commit)
+        snapshot = repo / "snapshots" / commit
+        # A dangling link, as an interrupted download leaves, is no file.
+        present = {name for name in os.listdir(snapshot) if (snapshot / name).is_file()}
     except OSError:
         return None
-    snapshot = repo / "snapshots" / commit
-    expected = _listed_small_files(repo / "trees" / f"{commit}.json")
-    if expected is None:
+    listed = _client_listing(repo / "trees" / f"{commit}.json")
+    if listed is None:
         # An older client kept no listing. A snapshot with these files was most likely taken whole.
-        whole = "tokenizer_config.json" in names and any(name in names for name in _TOKENIZERS)
-    else:
-        whole = all((snapshot / name).exists() for name in expected)
-    return snapshot if whole and holds_model(snapshot) else None
+        whole = "tokenizer_config.json" in present and bool(present & _TOKENIZERS)
+        return snapshot if whole and holds_model(snapshot) else None
+    return snapshot if _holds_needed(snapshot, present, listed) else None
 
 
-def _listed_small_files(listing: Path) -> list[str] | None:
+def _client_listing(path: Path) -> set[str] | None:
     try:
-        return [name for name in json.loads(listing.read_bytes())["files"] if is_small(name)]
+        return {name for name in json.loads(path.read_bytes())["files"] if "/" not in name}
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _holds_small_files(directory: Path, files: Sequence[RemoteFile]) -> bool:
-    return all((directory / file.name).exists() for file in files if is_small(file.name))
+def _holds_needed(directory: Path, present: set[str], listed: set[str]) -> bool:
+    """Whether of the files that the Hub lists all that a model needs are present."""
+    if not {name for name in listed if is_small(name)} <= present:
+        return False
+    index = (directory / SAFETENSORS_INDEX).read_bytes() if SAFETENSORS_INDEX in listed else None
+    try:
+        return set(weight_files(listed, index, str(directory))) <= present
+    except SourceError:
+        return False

@@ -15,5 +15,5 @@ def delay_s(tries: int, retry_after: float | None) -> float:
 
     Random, so that many connections refused at once do not come back at once.
     """
-    delay = FIRST_DELAY_S * 2 ** (tries - 1) * random.uniform(0.5, 1.0)
+    delay = FIRST_DELAY_S * 2.0 ** (tries - 1) * random.uniform(0.5, 1.0)
     return min(max(delay, retry_after or 0.0), MAX_DELAY_S)

@@ -110,19 +110,19 @@ class S3Remote:
                 "not_found",
                 f"Nothing lies under {self.where}. Check bucket and prefix; both are case-sensitive.",
             )
-        self.version = _digest(*(f"{f.name} {f.size} {f.tag}" for f in self.files), length=40)
+        needed = (f for f in self.files if is_small(f.name) or is_weight_candidate(f.name))
+        self.version = _digest(*(f"{f.name} {f.size} {f.tag}" for f in needed), length=40)
 
     def _list(self) -> list[RemoteFile]:
         pages = self._client.get_paginator("list_objects_v2").paginate(
             Bucket=self._bucket, Prefix=self._prefix, Delimiter="/", **self._payer
         )
-        found = [
+        files = [
             RemoteFile(item["Key"][len(self._prefix) :], item["Size"], item["ETag"])
             for page in pages
             for item in page.get("Contents", ())
             if item["Key"].startswith(self._prefix)
         ]
-        files = [file for file in found if is_small(file.name) or is_weight_candidate(file.name)]
         if self._single is None:
             return files
         files = [file for file in files if is_small(file.name) and file.name != SAFETENSORS_INDEX]

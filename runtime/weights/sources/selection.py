@@ -84,7 +84,7 @@ def _indexed(names: Collection[str], index: bytes, where: str) -> list[str]:
         ) from error
     for shard in ordered:
         # Names are compared with the listing, so nothing outside the folder can be meant.
-        if not isinstance(shard, str) or shard not in names or not shard.endswith(".safetensors"):
+        if not isinstance(shard, str) or shard not in names or not is_weight_candidate(shard):
             raise SourceError(
                 "invalid",
                 f"{where}: {SAFETENSORS_INDEX} speaks of {shard!r}, which is not in the folder. "
