@@ -1,0 +1,148 @@
+"""The Starlette application: routes, middleware, and what runs beside them for as long as it lives."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+import traceback
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from handler import lifecycle, metrics
+from handler.auth import BearerAuth
+from handler.limits import HeaderLimits
+from handler.openai.chat import ChatCompletions
+from handler.openai.completions import Completions
+from handler.openai.endpoint import Endpoint
+from handler.openai.errors import ApiError, as_api_error
+from handler.openai.models import list_models, show_model
+from handler.openai.tokenize import Detokenize, Tokenize
+from handler.request_id import RequestIds
+from handler.service import Service
+from handler.settings import ServerSettings
+from runtime.client import EngineClient
+
+PAGE = Path(__file__).parent / "ui" / "index.html"
+
+
+def create_app(client: EngineClient, settings: ServerSettings) -> Starlette:
+    """The application that serves one model through `client`, which its lifespan runs and closes."""
+    service = Service(client, settings)
+    middleware = [Middleware(RequestIds), Middleware(HeaderLimits)]
+    if settings.api_keys:
+        middleware.append(Middleware(BearerAuth, keys=settings.api_keys))
+    app = Starlette(
+        routes=[
+            Route("/v1/chat/completions", Endpoint(service, ChatCompletions(service)), methods=["POST"]),
+            Route("/v1/completions", Endpoint(service, Completions(service)), methods=["POST"]),
+            Route("/v1/models", list_models),
+            Route("/v1/models/{id:path}", show_model),
+            Route("/tokenize", Tokenize(service), methods=["POST"]),
+            Route("/detokenize", Detokenize(service), methods=["POST"]),
+            Route("/health/live", live),
+            Route("/health/ready", ready),
+            Route("/health/startup", startup),
+            Route("/status", status),
+            Route("/metrics", show_metrics),
+            Route("/", page),
+        ],
+        middleware=middleware,
+        exception_handlers={HTTPException: _http_error, ApiError: _api_error, Exception: _unexpected},
+        lifespan=_lifespan,
+    )
+    app.state.service = service
+    return app
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(app: Starlette) -> AsyncIterator[None]:
+    service: Service = app.state.service
+    client = service.client
+    engine = asyncio.create_task(client.run())
+    beside = [
+        asyncio.create_task(service.text.warm_up()),
+        asyncio.create_task(lifecycle.report_start(client, service.admission)),
+    ]
+    try:
+        yield
+    finally:
+        for task in beside:
+            task.cancel()
+        await client.close(service.settings.drain_seconds)
+        await asyncio.gather(engine, *beside, return_exceptions=True)
+
+
+async def live(request: Request) -> Response:
+    """GET /health/live: 200 for as long as the process answers at all."""
+    return JSONResponse({"status": "live"})
+
+
+async def ready(request: Request) -> Response:
+    """GET /health/ready: 200 when a request sent now is worked on now, else 503 with Retry-After."""
+    return _health(request, lifecycle.is_ready(request.app.state.service.client))
+
+
+async def startup(request: Request) -> Response:
+    """GET /health/startup: 200 from the first time that the engine was ready, 503 before."""
+    return _health(request, "ready" in request.app.state.service.client.marks)
+
+
+def _health(request: Request, good: bool) -> Response:
+    body = lifecycle.health(request.app.state.service.client)
+    if good:
+        return JSONResponse(body)
+    return JSONResponse(body, 503, {"Retry-After": str(lifecycle.RETRY_LOADING_SECONDS)})
+
+
+async def status(request: Request) -> Response:
+    """GET /status: the state, start marks, memory and queue."""
+    service: Service = request.app.state.service
+    return JSONResponse(lifecycle.status(service.client, service.model, service.admission))
+
+
+async def show_metrics(request: Request) -> Response:
+    """GET /metrics: Prometheus' text format."""
+    service: Service = request.app.state.service
+    text = service.metrics.exposition(service.client, service.admission.waiting)
+    return Response(text, media_type=metrics.CONTENT_TYPE)
+
+
+async def page(request: Request) -> Response:
+    """GET /: the page to chat in the browser."""
+    if not PAGE.is_file():
+        raise HTTPException(404, "The chat page is not part of this installation.")
+    return FileResponse(PAGE, headers={"Cache-Control": "no-cache"})
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    path = request.scope["path"][:200]
+    if error.status_code == 404 and error.detail == "Not Found":
+        answer = ApiError(404, f"There is nothing at {path}.", code="not_found")
+    elif error.status_code == 405:
+        message = f"{path} does not take {request.method}."
+        answer = ApiError(405, message, code="method_not_allowed", headers=error.headers)
+    else:
+        answer = ApiError(error.status_code, error.detail, headers=error.headers)
+    return _answer(answer)
+
+
+async def _api_error(request: Request, error: Exception) -> Response:
+    return _answer(as_api_error(error))
+
+
+async def _unexpected(request: Request, error: Exception) -> Response:
+    traceback.print_exception(error, file=sys.stderr)
+    return _answer(as_api_error(error))
+
+
+def _answer(error: ApiError) -> Response:
+    return JSONResponse(error.body(), error.status, error.headers)

@@ -1,0 +1,249 @@
+"""The flags of the commands: name, meaning, environment variables. Spelling and meaning are vLLM's."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from handler import values
+from runtime.errors import FirstlightError
+
+
+class UsageError(FirstlightError):
+    """A flag or an environment variable that cannot be right."""
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One setting. Its environment variable is `FIRSTLIGHT_<NAME>`; `env` lists further ones.
+
+    `many` takes several values (in the environment: separated by commas). A `switch` stands without a
+    value and means true; an `either` may stand without one, and has a `--no-` form.
+    """
+
+    name: str
+    parse: Callable[[str], Any]
+    help: str
+    metavar: str | None = None
+    env: tuple[str, ...] = ()
+    short: tuple[str, ...] = ()
+    many: bool = False
+    switch: bool = False
+    either: bool = False
+
+    @property
+    def key(self) -> str:
+        return self.name.replace("-", "_")
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """The environment variables that set it, the strongest first."""
+        return (f"FIRSTLIGHT_{self.key.upper()}", *self.env)
+
+
+MODEL = Flag(
+    "model",
+    str,
+    "what to run: an id from models.yaml, a Hub id (org/name), hf://org/name@revision, s3://bucket/prefix, "
+    "wheel://distribution, or a local folder. Default: the default model of models.yaml.",
+    env=("MODEL_ID", "HF_MODEL_ID"),
+)
+CATALOGUE = Flag("catalogue", str, "the file that lists the models (default: models.yaml).", "models.yaml")
+DOWNLOAD_DIR = Flag(
+    "download-dir",
+    str,
+    "where fetched and converted models are kept (default: firstlight in $XDG_CACHE_HOME or ~/.cache).",
+    "FOLDER",
+)
+REVISION = Flag("revision", str, "the commit, tag or branch to take the model from.")
+
+MODEL_FLAGS = (
+    MODEL,
+    CATALOGUE,
+    DOWNLOAD_DIR,
+    REVISION,
+    Flag(
+        "max-model-len",
+        values.count,
+        "longest prompt and answer together, in tokens (default: from models.yaml, else the model's own "
+        "config). 4k means 4,000, 4K means 4,096.",
+        "TOKENS",
+    ),
+    Flag(
+        "dtype",
+        values.choice("auto", "half", "float16", "bfloat16", "float", "float32"),
+        "number format to compute in; auto takes the checkpoint's own where the device is good at it.",
+    ),
+    Flag(
+        "quantization",
+        values.optional,
+        "how the weights are quantised; None (the default) leaves it to the checkpoint.",
+        "METHOD",
+        short=("-q",),
+    ),
+    Flag(
+        "chat-template", str, "a Jinja chat template, as a file or as text, in place of the model's.", "FILE"
+    ),
+    Flag(
+        "trust-remote-code",
+        values.boolean,
+        "accepted so that existing commands work; code from a model's repository is never run.",
+        switch=True,
+    ),
+    Flag("seed", values.whole, "seed of requests that bring none (default: 0).", "N"),
+)
+
+ENGINE_FLAGS = (
+    Flag("device", values.choice("auto", "cuda", "cpu"), "where to run: auto, cuda or cpu (default: auto)."),
+    Flag(
+        "tensor-parallel-size",
+        values.count,
+        "how many GPUs share one model (default: from models.yaml).",
+        "N",
+        short=("-tp",),
+    ),
+    Flag(
+        "gpu-memory-utilization",
+        values.fraction,
+        "share of the device's memory to use for weights and KV cache (default: 0.9).",
+        "0..1",
+    ),
+    Flag("kv-cache-memory-bytes", values.count, "size of the KV cache, in place of a computed one.", "BYTES"),
+    Flag("block-size", values.count, "tokens in one block of the paged KV cache (default: 16).", "TOKENS"),
+    Flag("max-num-seqs", values.count, "most sequences in one step (default: 256).", "N"),
+    Flag(
+        "max-num-batched-tokens", values.count, "most tokens computed in one step (default: 2048).", "TOKENS"
+    ),
+    Flag(
+        "enable-chunked-prefill",
+        values.boolean,
+        "split long prompts over several steps, so that running answers keep flowing (default: True).",
+        either=True,
+    ),
+    Flag(
+        "enable-prefix-caching",
+        values.boolean,
+        "compute a prompt's beginning once for all requests that share it (default: True).",
+        either=True,
+    ),
+)
+
+SERVER_FLAGS = (
+    Flag(
+        "served-model-name",
+        str,
+        "names that requests may use for the model; answers carry the first (default: the --model value).",
+        "NAME",
+        many=True,
+    ),
+    Flag(
+        "host",
+        str,
+        "address to listen on (default: 127.0.0.1, this machine only; 0.0.0.0 for all).",
+        env=("HOST",),
+    ),
+    Flag("port", values.port, "port to listen on; 0 takes a free one (default: 8000).", env=("PORT",)),
+    Flag(
+        "api-key",
+        str,
+        "keys of which clients must send one as `Authorization: Bearer KEY`. The environment variable keeps "
+        "them out of the process list. Default: no key is asked for.",
+        "KEY",
+        many=True,
+    ),
+    Flag("max-queue", values.count, "most sequences waiting for their first token; more get 429.", "N"),
+    Flag("max-request-bytes", values.count, "largest request body (default: 6,000,000).", "BYTES"),
+    Flag(
+        "drain-seconds",
+        values.number(0, 3600),
+        "how long running answers may take to finish after SIGTERM (default: 30).",
+        "S",
+    ),
+)
+
+ANSWER_FLAGS = (
+    Flag("max-tokens", values.count, "longest answer, in tokens.", "TOKENS"),
+    Flag(
+        "temperature",
+        values.number(0, 2),
+        "how freely to choose words: 0 always takes the likeliest.",
+        "0..2",
+    ),
+    Flag(
+        "top-p",
+        values.number(0, 1),
+        "choose only among the likeliest words with this share together.",
+        "0..1",
+    ),
+)
+
+SERVE_FLAGS = MODEL_FLAGS + ENGINE_FLAGS + SERVER_FLAGS
+
+
+def add_flags(parser: argparse.ArgumentParser, title: str, flags: tuple[Flag, ...]) -> None:
+    """Add `flags` to a parser under a heading. What is not given stays out of the namespace."""
+    group = parser.add_argument_group(title)
+    for flag in flags:
+        _add(group, flag)
+
+
+def _add(group: argparse._ArgumentGroup, flag: Flag) -> None:
+    names = [f"--{flag.name}", *flag.short]
+    common: dict[str, Any] = {"dest": flag.key, "help": flag.help, "default": argparse.SUPPRESS}
+    if flag.switch:
+        group.add_argument(*names, action="store_true", **common)
+        return
+    common |= {"type": flag.parse, "metavar": flag.metavar or flag.name.upper().replace("-", "_")}
+    if flag.many:
+        common |= {"nargs": "+", "action": "extend"}
+    if flag.either:
+        common |= {"nargs": "?", "const": True}
+        negated: dict[str, Any] = {"dest": flag.key, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        group.add_argument(f"--no-{flag.name}", action="store_const", const=False, **negated)
+    group.add_argument(*names, **common)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Let the model also be named without its flag."""
+    parser.add_argument("model_name", nargs="?", metavar="MODEL", help="the same as --model MODEL")
+
+
+def with_model(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The parsed command line with a model that was named without its flag put under the flag's name."""
+    values = dict(given)
+    name = values.pop("model_name", None)
+    if name is not None and values.setdefault("model", name) != name:
+        raise UsageError(f"two models are named: {name} and --model {values['model']}; give one")
+    return values
+
+
+def collect(
+    given: Mapping[str, Any], flags: tuple[Flag, ...], environ: Mapping[str, str] = os.environ
+) -> dict[str, Any]:
+    """The values that a flag or, failing that, the environment sets; flags that nobody set are absent.
+
+    Raises `UsageError` naming the environment variable whose text makes no sense.
+    """
+    found: dict[str, Any] = {}
+    for flag in flags:
+        if flag.key in given:
+            found[flag.key] = given[flag.key]
+            continue
+        for variable in flag.variables:
+            text = environ.get(variable, "")
+            if text:
+                found[flag.key] = _from_environment(flag, variable, text)
+                break
+    return found
+
+
+def _from_environment(flag: Flag, variable: str, text: str) -> Any:
+    try:
+        if flag.many:
+            return [flag.parse(part.strip()) for part in text.split(",") if part.strip()]
+        return flag.parse(text)
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"environment variable {variable}: {error}") from None

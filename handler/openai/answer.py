@@ -1,0 +1,90 @@
+"""What chat and text completions have in common: ids, usage, and the frame around a streamed piece."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import Any
+
+import msgspec
+
+from handler.openai.errors import ApiError
+from handler.openai.schema import Sampling
+from handler.sequence import Sequence
+from handler.service import Service
+
+encode = msgspec.json.encode
+
+
+class BaseAnswer:
+    """One request on its way to its answer."""
+
+    def __init__(
+        self, service: Service, request: Sampling, *, id_prefix: str, chunk_object: str, prompts: int = 1
+    ) -> None:
+        service.check_model(request.model)
+        options = request.stream_options
+        if options is not None and not request.stream:
+            message = "'stream_options' is only valid together with 'stream': true."
+            raise ApiError(400, message, param="stream_options", code="invalid_value")
+        if request.stream and request.prompt_logprobs is not None:
+            message = "'prompt_logprobs' is not available with 'stream': true."
+            raise ApiError(400, message, param="prompt_logprobs", code="unsupported_value")
+        self.service = service
+        self.stream = request.stream
+        self.num_prompts = prompts
+        self.num_sequences = prompts * request.n
+        self.id = f"{id_prefix}-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+        self.model = request.model or service.model
+        self.sequences: list[Sequence] = []
+        self._include_usage = options is not None and options.include_usage
+        self._continuous = options is not None and options.continuous_usage_stats
+        head = {
+            "id": self.id,
+            "object": chunk_object,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": None,
+        }
+        self._head = b"data: " + encode(head)[:-1] + b',"choices":'
+
+    def usage(self) -> dict[str, Any]:
+        """How many tokens there are by now; prompts that several choices share count once."""
+        firsts = [sequence for sequence in self.sequences if sequence.counts_prompt]
+        prompt = sum(len(sequence.submit.prompt_token_ids) for sequence in firsts)
+        cached = sum(sequence.num_cached_tokens for sequence in firsts)
+        completion = sum(sequence.generated for sequence in self.sequences)
+        return {
+            "prompt_tokens": prompt,
+            "total_tokens": prompt + completion,
+            "completion_tokens": completion,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+    def event(self, choices: bytes) -> bytes:
+        """One event around encoded `choices`."""
+        if self._continuous:
+            return self._head + choices + b',"usage":' + encode(self.usage()) + b"}\n\n"
+        if self._include_usage:
+            return self._head + choices + b',"usage":null}\n\n'
+        return self._head + choices + b"}\n\n"
+
+    def last(self) -> bytes:
+        """The events after the text: the usage, where it was asked for."""
+        if not self._include_usage:
+            return b""
+        return self._head + b'[],"usage":' + encode(self.usage()) + b"}\n\n"
+
+    def envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        """The fields around the choices of a whole answer."""
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+            "service_tier": None,
+            "system_fingerprint": None,
+            "usage": self.usage(),
+        }

@@ -1,0 +1,152 @@
+"""One door for chat and text completions: reads a request, runs it, sends the answer whole or streamed."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+import traceback
+from contextlib import aclosing
+from typing import Any, Protocol
+
+from starlette.types import Receive, Scope, Send
+
+from handler import lifecycle
+from handler.asgi import ClientGone, send_bytes, send_error, unless_gone
+from handler.limits import Ticket, decode_json, read_body
+from handler.openai.errors import as_api_error
+from handler.openai.generation import run
+from handler.openai.sse import EventStream
+from handler.sequence import Sequence, TextDelta
+from handler.service import Service
+from runtime.errors import FirstlightError
+
+# A warm engine starts most answers at once, so a failure should still be able to set the status; while it
+# loads, the client is told within a second that somebody is there.
+_PATIENCE_LOADING_SECONDS = 1.0
+_PATIENCE_WARM_SECONDS = 10.0
+
+
+class Answer(Protocol):
+    """One request on its way to its answer."""
+
+    stream: bool
+    num_sequences: int
+
+    async def prepare(self) -> list[Sequence]:
+        """Tokenize the request and settle how it is sampled."""
+
+    def chunk(self, batch: list[TextDelta]) -> bytes:
+        """The events for what has arrived."""
+
+    def last(self) -> bytes:
+        """The events after the text."""
+
+    def add(self, batch: list[TextDelta]) -> None:
+        """Keep what has arrived for `whole`."""
+
+    def whole(self) -> bytes:
+        """The answer in one piece."""
+
+
+class Kind(Protocol):
+    """What tells chat from text completions."""
+
+    route: str
+
+    def parse(self, body: Any) -> Answer:
+        """The request in a decoded body. Raises `ApiError` for one that cannot be served."""
+
+
+class Endpoint:
+    """An ASGI application that answers one kind of request."""
+
+    def __init__(self, service: Service, kind: Kind) -> None:
+        self.service = service
+        self.kind = kind
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = time.perf_counter()
+        service = self.service
+        outcome = "200"
+        try:
+            body = await decode_json(await read_body(scope, receive, service.settings.max_request_bytes))
+            answer = self.kind.parse(body)
+            with service.admission.admit(answer.num_sequences) as ticket:
+                await unless_gone(receive, self._respond(answer, ticket, send, started))
+            service.metrics.latency.observe(time.perf_counter() - started)
+        except ClientGone:
+            outcome = "499"
+            service.metrics.disconnects += 1
+        except Exception as error:
+            answer_error = as_api_error(error)
+            _log_unexpected(error)
+            outcome = str(answer_error.status)
+            await send_error(send, answer_error)
+        service.metrics.responses[self.kind.route, outcome] += 1
+
+    async def _respond(self, answer: Answer, ticket: Ticket, send: Send, started: float) -> None:
+        events = EventStream(send)
+        reassuring = asyncio.create_task(self._reassure(events)) if answer.stream else None
+        try:
+            await self._generate(answer, ticket, events, started, reassuring)
+            if answer.stream:
+                await events.end(answer.last())
+            else:
+                await send_bytes(send, 200, answer.whole())
+        except Exception as error:
+            if not events.begun:
+                raise
+            _log_unexpected(error)
+            await events.fail(as_api_error(error))
+        finally:
+            if reassuring is not None:
+                reassuring.cancel()
+
+    async def _generate(
+        self,
+        answer: Answer,
+        ticket: Ticket,
+        events: EventStream,
+        started: float,
+        reassuring: asyncio.Task[None] | None,
+    ) -> None:
+        client, metrics = self.service.client, self.service.metrics
+        sequences = await answer.prepare()
+        metrics.prompt_tokens += sum(len(sequence.submit.prompt_token_ids) for sequence in sequences)
+        first: float | None = None
+        async with aclosing(run(client, sequences)) as batches:
+            async for batch in batches:
+                if first is None:
+                    first = time.perf_counter()
+                    metrics.ttft.observe(first - started)
+                    ticket.begin()
+                    lifecycle.note_first_token(client)
+                    if reassuring is not None:
+                        reassuring.cancel()
+                for delta in batch:
+                    if delta.finish_reason is not None:
+                        elapsed = time.perf_counter() - first
+                        generated = sequences[delta.place].generated
+                        metrics.sequence_finished(delta.finish_reason, generated, elapsed)
+                if answer.stream:
+                    piece = answer.chunk(batch)
+                    if piece:
+                        await events.write(piece)
+                else:
+                    answer.add(batch)
+
+    async def _reassure(self, events: EventStream) -> None:
+        """Until it is cancelled, tell a client that waits for its first token what it waits for."""
+        waited = 0.0
+        while True:
+            await asyncio.sleep(1.0)
+            waited += 1.0
+            warm = lifecycle.is_ready(self.service.client)
+            if events.begun or waited >= (_PATIENCE_WARM_SECONDS if warm else _PATIENCE_LOADING_SECONDS):
+                await events.comment(lifecycle.describe(self.service.client))
+
+
+def _log_unexpected(error: Exception) -> None:
+    if not isinstance(error, FirstlightError):
+        traceback.print_exception(error, file=sys.stderr)

@@ -1,0 +1,129 @@
+"""Fields of OpenAI's and vLLM's requests that this server does not act on, and when they may be there.
+
+Nothing is accepted and then ignored: a field listed here passes only with a value that changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from handler.openai.errors import ApiError
+
+Test = Callable[[Any], bool]
+
+
+def _is(*values: Any) -> Test:
+    # `is` for the booleans, because 1 == True.
+    return lambda value: any(value is v or (type(value) is type(v) and value == v) for v in values)
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _boolean(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _metadata(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
+
+
+def _plain_text_format(value: Any) -> bool:
+    return bool(value == {"type": "text"})
+
+
+# OpenAI documents that none of these changes the output.
+_WITHOUT_EFFECT: dict[str, Test] = {
+    "user": _text,
+    "metadata": _metadata,
+    "store": _boolean,
+    "safety_identifier": _text,
+    "prompt_cache_key": _text,
+    "prompt_cache_retention": _text,
+    "service_tier": _is("auto", "default"),
+}
+
+# What each of these asks for is not done here, so they pass only when they ask for nothing.
+_LATER: dict[str, Test] = {
+    "allowed_token_ids": _is([]),
+    "bad_words": _is([]),
+    "chat_template_kwargs": _is({}),
+    "documents": _is([]),
+    "early_stopping": _is(False),
+    "function_call": _is("none", "auto"),
+    "functions": _is([]),
+    "include_reasoning": _boolean,
+    "length_penalty": _is(1, 1.0),
+    "modalities": _is(["text"]),
+    "parallel_tool_calls": _boolean,
+    "priority": _is(0),
+    "reasoning_effort": _is("none"),
+    "response_format": _plain_text_format,
+    "return_token_ids": _is(False),
+    "return_tokens_as_token_ids": _is(False),
+    "spaces_between_special_tokens": _is(True),
+    "suffix": _is(""),
+    "tool_choice": _is("none", "auto"),
+    "tools": _is([]),
+    "use_beam_search": _is(False),
+    "verbosity": _is("medium"),
+}
+
+# These have no value other than null that asks for nothing.
+_NEVER = {
+    "audio",
+    "chat_template",
+    "guided_choice",
+    "guided_decoding_backend",
+    "guided_grammar",
+    "guided_json",
+    "guided_regex",
+    "guided_whitespace_pattern",
+    "kv_transfer_params",
+    "logits_processors",
+    "mm_processor_kwargs",
+    "moderation",
+    "prediction",
+    "prompt_cache_options",
+    "prompt_embeds",
+    "structured_outputs",
+    "thinking_token_budget",
+    "truncate_prompt_tokens",
+    "vllm_xargs",
+    "web_search_options",
+}
+
+KNOWN = _WITHOUT_EFFECT.keys() | _LATER.keys() | _NEVER
+
+
+def settle(body: dict[str, Any], accepted: frozenset[str]) -> dict[str, Any]:
+    """The fields of `body` that mean something here.
+
+    `accepted` are the fields that the endpoint acts on. Null is the same as absent. Raises `ApiError` 400
+    naming the first field that cannot be met.
+    """
+    kept = {}
+    for name, value in body.items():
+        if name in accepted:
+            if value is not None:
+                kept[name] = value
+        elif name not in KNOWN:
+            raise ApiError(400, f"Unknown field '{name[:100]}'.", param=name[:100], code="unknown_parameter")
+        elif value is not None:
+            _check(name, value)
+    return kept
+
+
+def _check(name: str, value: Any) -> None:
+    if name in _WITHOUT_EFFECT:
+        if not _WITHOUT_EFFECT[name](value):
+            raise ApiError(400, f"'{name}' has a value that is not valid.", param=name, code="invalid_value")
+    elif name in _NEVER or not _LATER[name](value):
+        raise ApiError(
+            400,
+            f"'{name}' is not supported by this server; leave it out.",
+            param=name,
+            code="unsupported_parameter",
+        )

@@ -1,0 +1,88 @@
+"""POST /tokenize and /detokenize, in vLLM's shape."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from typing import Any
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+from handler.asgi import ClientGone, send_bytes, send_error
+from handler.limits import decode_json, read_body
+from handler.openai.errors import ApiError, as_api_error
+from handler.openai.prompts import encode_messages, encode_prompts
+from handler.openai.sampling import check_ids
+from handler.openai.schema import DetokenizeRequest, TokenizeRequest, parse
+from handler.service import Service
+from handler.textroom import off_loop
+from runtime.errors import FirstlightError
+
+
+class _JsonEndpoint:
+    """An ASGI application that answers a JSON body with a JSON body."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            raw = await read_body(scope, receive, self.service.settings.max_request_bytes)
+            answer = msgspec.json.encode(await self.answer(await decode_json(raw)))
+        except ClientGone:
+            return
+        except Exception as error:
+            if not isinstance(error, FirstlightError):
+                traceback.print_exception(error, file=sys.stderr)
+            await send_error(send, as_api_error(error))
+            return
+        await send_bytes(send, 200, answer)
+
+    async def answer(self, body: Any) -> dict[str, Any]:
+        """The answer to a decoded body."""
+        raise NotImplementedError
+
+
+class Tokenize(_JsonEndpoint):
+    """A prompt's or a conversation's token ids."""
+
+    async def answer(self, body: Any) -> dict[str, Any]:
+        request = parse(TokenizeRequest, body)
+        self.service.check_model(request.model)
+        if (request.prompt is None) == (request.messages is None):
+            raise ApiError(400, "Give either 'prompt' or 'messages'.", param="prompt", code="invalid_value")
+        text = await self.service.text.ready()
+        special = request.add_special_tokens
+        if request.messages is not None:
+            ids = await encode_messages(
+                text,
+                request.messages,
+                add_generation_prompt=request.add_generation_prompt,
+                continue_final_message=request.continue_final_message,
+                add_special_tokens=bool(special),
+            )
+        else:
+            (ids,) = await encode_prompts(
+                text, [request.prompt or ""], special is not False, allow_empty=True
+            )
+        strings = [text.tokenizer.token_text(token_id) for token_id in ids]
+        return {
+            "count": len(ids),
+            "max_model_len": text.max_model_len,
+            "tokens": ids,
+            "token_strs": strings if request.return_token_strs else None,
+        }
+
+
+class Detokenize(_JsonEndpoint):
+    """The text of token ids."""
+
+    async def answer(self, body: Any) -> dict[str, Any]:
+        request = parse(DetokenizeRequest, body)
+        self.service.check_model(request.model)
+        text = await self.service.text.ready()
+        tokens = request.tokens
+        check_ids(tokens, text.vocab_size, "tokens")
+        prompt = await off_loop(len(tokens), lambda: text.tokenizer.decode(tokens, skip_special_tokens=False))
+        return {"prompt": prompt}

@@ -1,0 +1,66 @@
+"""Runs the application on a socket that is listening already, until a signal or a failed engine ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+from types import FrameType
+
+import uvicorn
+
+from handler import lifecycle
+from handler.app import create_app
+from handler.limits import MAX_HEADER_BYTES
+from handler.settings import ServerSettings
+from handler.terminal import ProgressLine
+from runtime.client import EngineClient
+
+
+def serve(client: EngineClient, settings: ServerSettings, sock: socket.socket) -> int:
+    """Serve until a signal or the engine's final failure; return the exit status."""
+    config = uvicorn.Config(
+        create_app(client, settings),
+        http="h11",
+        ws="none",
+        loop="asyncio",
+        lifespan="on",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        h11_max_incomplete_event_size=2 * MAX_HEADER_BYTES,
+        timeout_graceful_shutdown=int(settings.drain_seconds) + 1,
+    )
+    return asyncio.run(_run(_Server(config), client, sock))
+
+
+class _Server(uvicorn.Server):
+    """Ends with status 0 when a signal asks for it: the first drains, the second does not wait."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:
+            self.force_exit = True
+            return
+        self.should_exit = True
+        if self.server_state.tasks:
+            print("firstlight: finishing what is running; a second signal ends it now", file=sys.stderr)
+
+
+async def _run(server: _Server, client: EngineClient, sock: socket.socket) -> int:
+    beside = [asyncio.create_task(_stop_on_failure(server, client))]
+    if sys.stderr.isatty():
+        beside.append(asyncio.create_task(ProgressLine(client).show()))
+    try:
+        await server.serve(sockets=[sock])
+    finally:
+        for task in beside:
+            task.cancel()
+        await asyncio.gather(*beside, return_exceptions=True)
+    return 1 if client.state == "failed" else 0
+
+
+async def _stop_on_failure(server: _Server, client: EngineClient) -> None:
+    why = await lifecycle.wait_failure(client)
+    print(f"firstlight: {why}", file=sys.stderr, flush=True)
+    server.should_exit = True

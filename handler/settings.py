@@ -1,0 +1,120 @@
+"""What the flags and the environment amount to: one `ServerSettings`, ready to serve with."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from handler.flags import SERVE_FLAGS, UsageError, collect
+from runtime.catalogue import Catalogue, ModelSpec, find_catalogue, load_catalogue
+from runtime.protocol import EngineConfig
+
+DEFAULT_MAX_QUEUE = 1024
+# What a Lambda function URL lets through, so that one limit holds on every platform.
+DEFAULT_MAX_REQUEST_BYTES = 6_000_000
+_DTYPES = {"half": "float16", "float": "float32"}
+
+
+class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """How to serve one model. `chat_template` is the template's text, None for the model's own."""
+
+    engine: EngineConfig
+    served_model_names: tuple[str, ...]
+    chat_template: str | None = None
+    api_keys: tuple[str, ...] = ()
+    host: str = "127.0.0.1"
+    port: int = 8000
+    max_queue: int = DEFAULT_MAX_QUEUE
+    max_request_bytes: int = DEFAULT_MAX_REQUEST_BYTES
+    drain_seconds: float = 30.0
+
+
+def read_settings(given: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> ServerSettings:
+    """Settle every value: flag, then environment, then models.yaml, then the default.
+
+    Raises `FirstlightError` for a value that makes no sense, and for a model that is not known.
+    """
+    values = collect(given, SERVE_FLAGS, environ)
+    if values.get("trust_remote_code"):
+        _warn("--trust-remote-code is accepted, but code from a model's repository is never run")
+    spec = model_spec(values)
+    template = values.get("chat_template") or spec.chat_template
+    engine = _engine_config(values, spec)
+    default_names = dict.fromkeys(filter(None, (values.get("model"), spec.id)))
+    chosen = {
+        name: values[name]
+        for name in ("host", "port", "max_queue", "max_request_bytes", "drain_seconds")
+        if name in values
+    }
+    return ServerSettings(
+        engine=engine,
+        served_model_names=tuple(values.get("served_model_name") or default_names),
+        chat_template=read_template(template) if template else None,
+        api_keys=tuple(values.get("api_key", ())),
+        **chosen,
+    )
+
+
+def cache_directory(values: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> str:
+    """The folder that keeps fetched and converted models."""
+    if "download_dir" in values:
+        return str(Path(values["download_dir"]).expanduser().absolute())
+    base = environ.get("XDG_CACHE_HOME") or os.path.join(environ.get("HOME") or "/tmp", ".cache")
+    return os.path.join(base, "firstlight")
+
+
+def read_template(template: str) -> str:
+    """A chat template given as text, or as the path of a file that holds it."""
+    if "{" in template:
+        return template
+    try:
+        return Path(template).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UsageError(f"--chat-template: cannot read '{template}': {reason}") from None
+
+
+def read_catalogue(values: Mapping[str, Any]) -> Catalogue:
+    """The models.yaml that was named, or else the one that is found."""
+    return load_catalogue(Path(values["catalogue"]) if "catalogue" in values else find_catalogue())
+
+
+def model_spec(values: Mapping[str, Any]) -> ModelSpec:
+    """The model that was named, or else the catalogue's default, at the revision that was named."""
+    spec = read_catalogue(values).resolve(values.get("model"))
+    if "revision" in values:
+        spec = msgspec.structs.replace(spec, revision=values["revision"])
+    return spec
+
+
+def _engine_config(values: Mapping[str, Any], spec: ModelSpec) -> EngineConfig:
+    same_name = (
+        "device",
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "enable_chunked_prefill",
+        "enable_prefix_caching",
+        "block_size",
+        "gpu_memory_utilization",
+        "seed",
+    )
+    dtype = values.get("dtype", spec.dtype)
+    return EngineConfig(
+        model=spec,
+        cache_dir=cache_directory(values),
+        dtype=_DTYPES.get(dtype, dtype),
+        quantization=values.get("quantization", spec.quantization),
+        max_model_len=values.get("max_model_len", spec.max_model_len),
+        kv_cache_bytes=values.get("kv_cache_memory_bytes"),
+        world_size=values.get("tensor_parallel_size", spec.tp_size),
+        **{name: values[name] for name in same_name if name in values},
+    )
+
+
+def _warn(message: str) -> None:
+    print(f"firstlight: warning: {message}", file=sys.stderr)
