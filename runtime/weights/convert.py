@@ -67,7 +67,7 @@ def convert_gguf(gguf_path: Path, out_dir: Path, on_progress: Progress | None = 
     with GGUFFile(gguf_path) as file:
         shape = _read_shape(file)
         names = _tensor_names(file, shape)
-        texts = tokenizer_files(file.metadata, gguf_path)
+        texts = tokenizer_files(file.metadata, gguf_path, shape.vocab_size)
         config = _model_config(file, shape)
         out_dir.mkdir(parents=True, exist_ok=True)
         config["torch_dtype"] = _write_tensors(file, names, shape, out_dir, on_progress)
@@ -85,43 +85,63 @@ def _write_json(path: Path, content: Any) -> None:
 # ---- what the metadata says --------------------------------------------------------------------
 
 
-def _number(file: GGUFFile, key: str, default: float | None = None) -> Any:
+def _number(file: GGUFFile, key: str, default: float | None = None) -> float:
     """A positive number of the metadata under the architecture's prefix."""
     full = f"{file.metadata['general.architecture']}.{key}"
     value = file.metadata.get(full, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise GGUFError(f"{file.path}: metadata key {full} is {value!r}; a positive number is needed")
+    # The file stores float32; seven digits bring back the decimal that was meant.
+    return value if isinstance(value, int) else float(f"{value:.7g}")
+
+
+def _integer(file: GGUFFile, key: str, default: int | None = None) -> int:
+    value = _number(file, key, default)
+    if not isinstance(value, int):
+        raise GGUFError(f"{file.path}: metadata key {key} is {value}; a whole number is needed")
     return value
 
 
 def _read_shape(file: GGUFFile) -> _Shape:
     name = file.metadata.get("general.architecture")
-    if name not in _ARCHITECTURES:
+    if not isinstance(name, str) or name not in _ARCHITECTURES:
         raise GGUFError(
             f"{file.path}: the architecture is {name!r}; only {', '.join(_ARCHITECTURES)} can be converted "
             "from GGUF. Use the model's original repository instead"
         )
     if file.metadata.get(f"{name}.expert_count"):
         raise GGUFError(f"{file.path}: mixture-of-experts models cannot be converted from GGUF")
-    hidden_size, num_heads = _number(file, "embedding_length"), _number(file, "attention.head_count")
-    head_dim = _number(file, "attention.key_length", hidden_size // num_heads)
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if _number(file, key, head_dim) != head_dim:
-            raise GGUFError(f"{file.path}: metadata key {name}.{key} must equal the head size, {head_dim}")
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
         raise GGUFError(f"{file.path}: tensor 'token_embd.weight' is missing")
-    return _Shape(
+    hidden_size, num_heads = _integer(file, "embedding_length"), _integer(file, "attention.head_count")
+    shape = _Shape(
         architecture=name,
         hidden_size=hidden_size,
-        intermediate_size=_number(file, "feed_forward_length"),
-        num_layers=_number(file, "block_count"),
+        intermediate_size=_integer(file, "feed_forward_length"),
+        num_layers=_integer(file, "block_count"),
         num_heads=num_heads,
-        num_kv_heads=_number(file, "attention.head_count_kv", num_heads),
-        head_dim=head_dim,
+        num_kv_heads=_integer(file, "attention.head_count_kv", num_heads),
+        head_dim=_integer(file, "attention.key_length", hidden_size // num_heads),
         vocab_size=embedding.shape[0],
         tied="output.weight" not in file.tensors,
     )
+    _check_heads(file, shape)
+    return shape
+
+
+def _check_heads(file: GGUFFile, shape: _Shape) -> None:
+    if shape.head_dim % 2 or shape.num_heads % shape.num_kv_heads:
+        raise GGUFError(
+            f"{file.path}: {shape.num_heads} heads of size {shape.head_dim} do not go with rotary positions "
+            f"and {shape.num_kv_heads} key-value heads"
+        )
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if _integer(file, key, shape.head_dim) != shape.head_dim:
+            raise GGUFError(
+                f"{file.path}: metadata key {shape.architecture}.{key} must equal the head size, "
+                f"which is {shape.head_dim}"
+            )
 
 
 def _model_config(file: GGUFFile, shape: _Shape) -> dict[str, Any]:
@@ -136,11 +156,10 @@ def _model_config(file: GGUFFile, shape: _Shape) -> dict[str, Any]:
         "num_key_value_heads": shape.num_kv_heads,
         "head_dim": shape.head_dim,
         "hidden_act": "silu",
-        # The file stores float32; seven digits bring back the decimal that was meant.
-        "rms_norm_eps": float(f"{_number(file, 'attention.layer_norm_rms_epsilon'):.7g}"),
-        "rope_theta": float(f"{_number(file, 'rope.freq_base', 10000.0):.7g}"),
+        "rms_norm_eps": _number(file, "attention.layer_norm_rms_epsilon"),
+        "rope_theta": _number(file, "rope.freq_base", 10000.0),
         "rope_scaling": _rope_scaling(file, shape),
-        "max_position_embeddings": _number(file, "context_length"),
+        "max_position_embeddings": _integer(file, "context_length"),
         "vocab_size": shape.vocab_size,
         "tie_word_embeddings": shape.tied,
     }
@@ -156,7 +175,7 @@ def _rope_scaling(file: GGUFFile, shape: _Shape) -> dict[str, Any] | None:
     if kind == "none":
         return None
     if kind == "linear":
-        return {"rope_type": "linear", "factor": float(_number(file, "rope.scaling.factor"))}
+        return {"rope_type": "linear", "factor": _number(file, "rope.scaling.factor")}
     raise GGUFError(f"{file.path}: rope scaling of type {kind!r} cannot be converted from GGUF")
 
 
@@ -170,7 +189,7 @@ def _llama3_scaling(file: GGUFFile, shape: _Shape) -> dict[str, Any]:
     tensor = file.tensors[_ROPE_FACTORS]
     divisors = np.concatenate([values for _, values in file.pieces(tensor)])
     factor = float(divisors.max())
-    theta = float(_number(file, "rope.freq_base", 10000.0))
+    theta = _number(file, "rope.freq_base", 10000.0)
     turns = original / (2 * math.pi) * theta ** (-np.arange(0, shape.head_dim, 2) / shape.head_dim)
     share = np.clip((turns - low) / (high - low), 0.0, 1.0)
     expected = 1 / ((1 - share) / factor + share)
@@ -194,6 +213,8 @@ def _tensor_names(file: GGUFFile, shape: _Shape) -> dict[str, str]:
     That order keeps q, k and v, and gate and up, side by side in the file.
     """
     parts = _LAYER_PARTS | (_QWEN2_BIASES if shape.architecture == "qwen2" else {})
+    if shape.num_layers > len(file.tensors):
+        raise GGUFError(f"{file.path}: {shape.num_layers} layers, but only {len(file.tensors)} tensors")
     names = {"token_embd.weight": "model.embed_tokens.weight"}
     for layer in range(shape.num_layers):
         names |= {f"blk.{layer}.{ours}": f"model.layers.{layer}.{hub}" for ours, hub in parts.items()}

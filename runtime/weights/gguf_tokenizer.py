@@ -47,10 +47,11 @@ _PRE_TOKENIZERS: dict[str, tuple[Rules | None, Rules, bool, bool]] = {
 }
 
 
-def tokenizer_files(metadata: dict[str, Any], path: Path) -> dict[str, Any]:
+def tokenizer_files(metadata: dict[str, Any], path: Path, vocab_size: int) -> dict[str, Any]:
     """The contents of tokenizer.json and tokenizer_config.json, by file name.
 
-    Raises GGUFError if the file holds no tokenizer, or one of a kind that is not supported.
+    `vocab_size` is the number of rows of the embedding, which each token must have one of. Raises
+    GGUFError if the file holds no tokenizer, or one of a kind that is not supported.
     """
     kind = metadata.get("tokenizer.ggml.model")
     if kind != "gpt2":
@@ -59,13 +60,15 @@ def tokenizer_files(metadata: dict[str, Any], path: Path) -> dict[str, Any]:
             "Use the model's original repository instead of the GGUF file"
         )
     name = metadata.get("tokenizer.ggml.pre", "default")
-    if name not in _PRE_TOKENIZERS:
+    if not isinstance(name, str) or name not in _PRE_TOKENIZERS:
         raise GGUFError(
             f"{path}: tokenizer.ggml.pre is {name!r}; known are {', '.join(_PRE_TOKENIZERS)}. "
             "Use the model's original repository instead of the GGUF file"
         )
     normalizer, pre_tokenizer, ignore_merges, adds_bos = _PRE_TOKENIZERS[name]
     tokens, types = _vocabulary(metadata, path)
+    if len(tokens) > vocab_size:
+        raise GGUFError(f"{path}: {len(tokens)} tokens, but only {vocab_size} rows in the embedding")
     special = _special_tokens(metadata, tokens, path)
     adds_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", adds_bos)) and "bos_token" in special
     tokenizer = {
@@ -95,7 +98,7 @@ def tokenizer_files(metadata: dict[str, Any], path: Path) -> dict[str, Any]:
         "clean_up_tokenization_spaces": False,
         "add_bos_token": adds_bos,
         **special,
-        **_chat_template(metadata),
+        **_chat_template(metadata, path),
     }
     return {"tokenizer.json": tokenizer, "tokenizer_config.json": config}
 
@@ -152,17 +155,17 @@ def _begin_with(bos: str, tokens: list[str]) -> Rules:
     }
 
 
-def _chat_template(metadata: dict[str, Any]) -> dict[str, Any]:
+def _chat_template(metadata: dict[str, Any], path: Path) -> dict[str, Any]:
     """The chat template; a list of named ones where the file holds several; nothing where it has none."""
-    default = metadata.get("tokenizer.chat_template")
-    named = {
-        name: metadata[f"tokenizer.chat_template.{name}"]
-        for name in metadata.get("tokenizer.chat_templates", [])
-        if f"tokenizer.chat_template.{name}" in metadata
+    prefix = "tokenizer.chat_template"
+    found = {key: text for key, text in metadata.items() if key == prefix or key.startswith(prefix + ".")}
+    for key, text in found.items():
+        if not isinstance(text, str):
+            raise GGUFError(f"{path}: {key} is not a text")
+    default = found.pop(prefix, None)
+    if not found:
+        return {} if default is None else {"chat_template": default}
+    templates = ({} if default is None else {"default": default}) | {
+        key.removeprefix(prefix + "."): text for key, text in found.items()
     }
-    if default is None and not named:
-        return {}
-    if not named:
-        return {"chat_template": default}
-    templates = ({"default": default} if default is not None else {}) | named
     return {"chat_template": [{"name": name, "template": text} for name, text in templates.items()]}
