@@ -189,8 +189,13 @@ class S3Remote:
             ) from error
 
     def _by_code(self, code: str, error: Exception) -> SourceError:
-        if code == "NoSuchVersion" or (self._version_id and code in ("400", "InvalidArgument")):
-            return SourceError("revision", f"{self.where}: there is no such version of this object.")
+        if self._version_id and code in ("NoSuchVersion", "InvalidArgument", "400", "404"):
+            # Asked for a version by its id, servers do not tell a missing object from a missing version.
+            return SourceError(
+                "revision",
+                f"{self.where}: there is no such object, or no such version of it. List what there is with "
+                f"`aws s3api list-object-versions --bucket {self._bucket} --prefix {self._prefix}`.",
+            )
         if code in _NOT_FOUND:
             return SourceError(
                 "not_found",

@@ -41,7 +41,7 @@ class Fault:
 
     `status` answers with that status and `headers`; `cut_after` closes the connection after so many
     bytes of the body; `corrupt` flips a bit; `ignore_range` answers 200 with the whole file;
-    `before_body` is called with the handler's write function blocked until it returns.
+    `pause` is called after `pause_after` bytes of the body, and the rest goes out when it returns.
     """
 
     match: str
@@ -51,7 +51,8 @@ class Fault:
     cut_after: int | None = None
     corrupt: bool = False
     ignore_range: bool = False
-    before_body: Callable[[], object] | None = None
+    pause: Callable[[], object] | None = None
+    pause_after: int = 0
 
 
 @dataclass
@@ -67,10 +68,9 @@ class Repo:
 class HubServer:
     """The stand-in, serving on a free port of the loopback interface while it is entered."""
 
-    def __init__(self, *, bytes_per_second: int | None = None) -> None:
+    def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.requests: list[Request] = []
-        self.bytes_per_second = bytes_per_second
         self._faults: list[Fault] = []
         self._lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -112,6 +112,10 @@ class HubServer:
     def fail(self, match: str, **fault: Any) -> None:
         """Inject a fault: see `Fault`."""
         self._faults.append(Fault(match, **fault))
+
+    def mend(self) -> None:
+        """Take back all faults that have not happened yet."""
+        self._faults.clear()
 
     def body_bytes(self, match: str = "/") -> int:
         """How many bytes of bodies went out for paths that contain `match`."""
@@ -271,19 +275,23 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        if self.fault and self.fault.before_body:
-            self.fault.before_body()
-        cut = self.fault.cut_after if self.fault else None
-        for at in range(0, len(body if cut is None else body[:cut]), 1 << 16):
-            block = body[at : min(at + (1 << 16), len(body) if cut is None else cut)]
-            self.wfile.write(block)
-            self.record.sent += len(block)
-            if self.hub.bytes_per_second:
-                threading.Event().wait(len(block) / self.hub.bytes_per_second)
-        if cut is not None:
-            self.wfile.flush()
+        fault = self.fault or Fault("")
+        if fault.pause:
+            self._write(body[: fault.pause_after])
+            fault.pause()
+            self._write(body[fault.pause_after :])
+        elif fault.cut_after is not None:
+            self._write(body[: fault.cut_after])
             self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True
+        else:
+            self._write(body)
+
+    def _write(self, data: bytes) -> None:
+        for at in range(0, len(data), 1 << 16):
+            block = data[at : at + (1 << 16)]
+            self.wfile.write(block)
+            self.record.sent += len(block)
 
 
 def _is_lfs(name: str) -> bool:

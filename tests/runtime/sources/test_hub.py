@@ -124,7 +124,7 @@ def test_the_directory_is_known_while_the_weights_still_come(hub: HubServer, cac
     files = model_files(1_000_000)
     hub.add_repo("org/name", files)
     seen_text = threading.Event()
-    hub.fail("/storage/", before_body=lambda: seen_text.wait(30))
+    hub.fail("/storage/", pause=lambda: seen_text.wait(30))
     early: list[set[str]] = []
 
     def on_progress(progress: FetchProgress) -> None:
@@ -262,7 +262,7 @@ def test_a_hub_that_keeps_failing_is_a_network_error_and_nothing_is_lost(
     error = _fails(cache_dir)
     assert error.kind == "network"
     assert "continues where it stopped" in str(error)
-    hub._faults.clear()
+    hub.mend()
     hub.requests.clear()
     assert (fetch(SPEC, cache_dir) / "model.safetensors").read_bytes() == files["model.safetensors"]
     assert [r.range for r in hub.requests if "/storage/" in r.path] == ["bytes=1000000-2999999"]

@@ -1,0 +1,225 @@
+"""Downloads that are killed, doubled, or out of room: real processes against the Hub stand-in."""
+
+from __future__ import annotations
+
+import collections
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from runtime.weights.sources import SourceError, fetch, locate
+from tests.runtime.sources.conftest import NEEDED, contents, model_files, spec
+from tests.runtime.sources.hub_server import HubServer
+
+SPEC = spec("hf://org/name")
+SIZE = 6_000_000
+# Six ranges, so six connections, of four blocks each.
+RANGE = 1_000_000
+BLOCK = 250_000
+
+_SMALL = NEEDED - {"model.safetensors"}
+
+_CHILD = f"""
+import sys
+from pathlib import Path
+from runtime.catalogue import ModelSpec
+from runtime.weights.sources import fetch, transfer
+
+transfer.RANGE_BYTES, transfer.BLOCK_BYTES = {RANGE}, {BLOCK}
+spec = ModelSpec(id="model", source="hf://org/name")
+directory = fetch(spec, Path(sys.argv[1]), lambda p: print(p.bytes_done, p.bytes_total, flush=True))
+print(directory, flush=True)
+"""
+
+
+def _start(cache_dir: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", _CHILD, str(cache_dir)], stdout=subprocess.PIPE, text=True, env=os.environ
+    )
+
+
+def _read_until(lines: IO[str], bytes_done: int) -> None:
+    for line in lines:
+        if int(line.split()[0]) >= bytes_done:
+            return
+    raise AssertionError("the download ended early")
+
+
+def test_after_kill_9_only_what_is_missing_comes_again(hub: HubServer, cache_dir: Path) -> None:
+    files = model_files(SIZE)
+    hub.add_repo("org/name", files)
+    released = threading.Event()
+    # Each of the six connections gets two whole blocks and a part of the third.
+    hub.fail("/storage/", pause=lambda: released.wait(60), pause_after=2 * BLOCK + 100_000, times=6)
+    child = _start(cache_dir)
+    assert child.stdout is not None
+    small = sum(len(files[name]) for name in files if name in _SMALL)
+    try:
+        _read_until(child.stdout, 6 * 2 * BLOCK + small)
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.communicate()
+        released.set()
+    assert locate(SPEC, cache_dir) is None
+    hub.requests.clear()
+    assert contents(fetch(SPEC, cache_dir))["model.safetensors"] == files["model.safetensors"]
+    assert SIZE - 6 * (2 * BLOCK + 100_000) <= hub.body_bytes("/storage/") <= SIZE - 6 * 2 * BLOCK
+    assert hub.body_bytes("/resolve/") == 0
+
+
+def test_two_processes_at_once_download_once(hub: HubServer, cache_dir: Path) -> None:
+    hub.add_repo("org/name", model_files(SIZE))
+    both_report = threading.Event()
+    hub.fail("/storage/", pause=lambda: both_report.wait(60), pause_after=100_000)
+    children = [_start(cache_dir) for _ in range(2)]
+    last: list[str] = []
+    for child in children:
+        assert child.stdout is not None
+        # The one that waits reports the progress of the one that downloads: more than the small files.
+        _read_until(child.stdout, BLOCK)
+    both_report.set()
+    for child in children:
+        output, _ = child.communicate(timeout=60)
+        assert child.returncode == 0
+        last.append(output.splitlines()[-1])
+    assert last == [str(locate(SPEC, cache_dir))] * 2
+    assert hub.body_bytes("/storage/") == SIZE
+    assert (
+        collections.Counter(r.path for r in hub.requests if "config.json" in r.path).most_common(1)[0][1] == 1
+    )
+
+
+def _interrupted(hub: HubServer, cache_dir: Path) -> dict[str, bytes]:
+    """Leave half of a download behind; the model's files."""
+    files = model_files(SIZE)
+    hub.add_repo("org/name", files)
+    hub.fail("/storage/", cut_after=SIZE // 2)
+    hub.fail("/storage/", status=500, times=1000)
+    with pytest.raises(SourceError):
+        fetch(SPEC, cache_dir)
+    hub.mend()
+    hub.requests.clear()
+    return files
+
+
+@pytest.mark.parametrize("cut", [1, 13, 23])
+def test_a_torn_last_record_costs_one_block_at_most(hub: HubServer, cache_dir: Path, cut: int) -> None:
+    files = _interrupted(hub, cache_dir)
+    (records,) = cache_dir.rglob("*.partial/records")
+    records.write_bytes(records.read_bytes()[:-cut])
+    assert contents(fetch(SPEC, cache_dir))["model.safetensors"] == files["model.safetensors"]
+    assert hub.body_bytes("/storage/") <= SIZE // 2 + (256 << 10)
+
+
+def test_bytes_that_rotted_in_the_partial_file_are_noticed(hub: HubServer, cache_dir: Path) -> None:
+    files = _interrupted(hub, cache_dir)
+    (partial,) = cache_dir.rglob("*.partial/model.safetensors")
+    with open(partial, "r+b") as file:
+        file.seek(1000)
+        file.write(b"\0" * 100)
+    assert contents(fetch(SPEC, cache_dir))["model.safetensors"] == files["model.safetensors"]
+
+
+def test_a_partial_file_that_vanished_is_fetched_anew(hub: HubServer, cache_dir: Path) -> None:
+    files = _interrupted(hub, cache_dir)
+    (partial,) = cache_dir.rglob("*.partial/model.safetensors")
+    partial.unlink()
+    assert contents(fetch(SPEC, cache_dir))["model.safetensors"] == files["model.safetensors"]
+    assert hub.body_bytes("/storage/") == SIZE
+
+
+def test_what_an_unfinished_older_version_left_is_swept_away(hub: HubServer, cache_dir: Path) -> None:
+    _interrupted(hub, cache_dir)
+    commit = hub.add_repo("org/name", model_files(seed=1))
+    fetch(SPEC, cache_dir)
+    folders = {p.name for p in (cache_dir / "models" / "hub--org--name").iterdir() if p.is_dir()}
+    assert folders == {commit, "refs"}
+
+
+# ---- the disk ----------------------------------------------------------------------------------
+
+
+def test_too_little_space_is_said_before_the_weights_come(
+    hub: HubServer, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add_repo("org/name", model_files(SIZE))
+    usage = shutil.disk_usage("/")._replace(free=SIZE // 2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(SourceError, match=r"0\.01 GB are needed, 0\.00 GB are free") as caught:
+        fetch(SPEC, cache_dir)
+    assert caught.value.kind == "no_space"
+    assert hub.body_bytes("/storage/") == 0
+
+
+def test_a_disk_that_fills_up_meanwhile(
+    hub: HubServer, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add_repo("org/name", model_files(SIZE))
+    genuine = os.pwrite
+
+    def full_after_a_while(fd: int, data: bytes, offset: int) -> int:
+        if offset > SIZE // 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return genuine(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", full_after_a_while)
+    with pytest.raises(SourceError) as caught:
+        fetch(SPEC, cache_dir)
+    assert caught.value.kind == "no_space"
+    assert str(cache_dir) in str(caught.value)
+
+
+@pytest.mark.parametrize("blocked", ["", "models", "models/hub--org--name"])
+def test_a_cache_that_cannot_be_written(hub: HubServer, cache_dir: Path, blocked: str) -> None:
+    hub.add_repo("org/name", model_files())
+    obstacle = cache_dir / blocked
+    obstacle.parent.mkdir(parents=True, exist_ok=True)
+    obstacle.write_text("a file where a directory should be")
+    assert locate(SPEC, cache_dir) is None
+    with pytest.raises(SourceError) as caught:
+        fetch(SPEC, cache_dir)
+    assert caught.value.kind == "read_only"
+    assert "--cache-dir" in str(caught.value)
+
+
+def test_a_file_system_mounted_read_only(
+    hub: HubServer, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add_repo("org/name", model_files())
+
+    def refused(self: Path, *args: object, **kwargs: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    with pytest.raises(SourceError, match="Read-only file system") as caught:
+        fetch(SPEC, cache_dir)
+    assert caught.value.kind == "read_only"
+
+
+# ---- what importing costs ----------------------------------------------------------------------
+
+
+def test_importing_and_locating_loads_no_client(cache_dir: Path) -> None:
+    script = """
+import json, sys
+from pathlib import Path
+from runtime.catalogue import ModelSpec
+from runtime.weights.sources import locate
+for source in ("hf://org/name", "s3://bucket/x", "wheel://nonesuch", "/nonesuch"):
+    assert locate(ModelSpec(id="m", source=source), Path(sys.argv[1])) is None
+print(json.dumps(sorted(sys.modules)))
+"""
+    output = subprocess.run(
+        [sys.executable, "-c", script, str(cache_dir)], capture_output=True, text=True, check=True
+    ).stdout
+    heavy = {"huggingface_hub", "boto3", "botocore", "torch", "transformers", "numpy", "requests", "httpx"}
+    assert heavy.isdisjoint(json.loads(output))
