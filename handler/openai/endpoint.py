@@ -113,7 +113,8 @@ class Endpoint:
     ) -> None:
         client, metrics = self.service.client, self.service.metrics
         sequences = await answer.prepare()
-        metrics.prompt_tokens += sum(len(sequence.submit.prompt_token_ids) for sequence in sequences)
+        prompts = [s.submit.prompt_token_ids for s in sequences if s.counts_prompt]
+        metrics.prompt_tokens += sum(map(len, prompts))
         first: float | None = None
         async with aclosing(run(client, sequences)) as batches:
             async for batch in batches:
