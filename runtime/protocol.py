@@ -181,8 +181,8 @@ class Fatal(msgspec.Struct, tag="fatal"):
 Event = Progress | Ready | StepOutput | Mark | Fatal
 
 _encoder = msgspec.msgpack.Encoder()
-_command_decoder = msgspec.msgpack.Decoder(Command)
-_event_decoder = msgspec.msgpack.Decoder(Event)
+_command_decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
+_event_decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
 
 
 def encode_frame(message: Command | Event) -> bytes:

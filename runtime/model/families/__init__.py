@@ -1,0 +1,45 @@
+"""One short file per family: how its config and checkpoint spell the one decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime.model.config import ConfigError, ModelConfig, RawConfig
+from runtime.model.families import llama
+from runtime.model.layout import Parameter
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model as its folder describes it, before any weight is read."""
+
+    config: ModelConfig
+    parameters: tuple[Parameter, ...]
+
+
+_Reader = Callable[[RawConfig], ModelConfig]
+_Layout = Callable[[ModelConfig], Iterable[Parameter]]
+_FAMILIES: dict[str, tuple[_Reader, _Layout]] = {
+    architecture: (family.read_config, family.parameters)
+    for family in (llama,)
+    for architecture in family.ARCHITECTURES
+}
+
+
+def read_model(directory: Path) -> Model:
+    """Describe the model in a folder from its config.json. Raises `ConfigError`."""
+    raw = RawConfig(directory / "config.json")
+    if raw.architecture not in _FAMILIES:
+        raise ConfigError(
+            f"{raw.path}: architecture {raw.architecture!r} is not supported; "
+            f"supported are {', '.join(sorted(_FAMILIES))}."
+        )
+    read_config, parameters = _FAMILIES[raw.architecture]
+    config = read_config(raw)
+    if config.num_heads % config.num_kv_heads:
+        raise ConfigError(
+            f"{raw.path}: {config.num_heads} heads cannot share {config.num_kv_heads} key/value heads."
+        )
+    return Model(config, tuple(parameters(config)))

@@ -1,0 +1,31 @@
+"""Step after step: take commands, compute, send what came of it."""
+
+from __future__ import annotations
+
+from runtime import marks
+from runtime.engine.channel import Channel
+from runtime.engine.core import Engine
+from runtime.protocol import Abort, Drain, Mark, Submit
+
+
+def serve(engine: Engine, channel: Channel) -> None:
+    """Serve until the handler drains the engine (returns when all is done) or is gone (`EOFError`)."""
+    draining = False
+    first = True
+    while engine.has_work or not draining:
+        for command in channel.receive(wait=not engine.has_work):
+            match command:
+                case Submit():
+                    engine.submit(command)
+                case Abort():
+                    engine.abort(command.request_ids)
+                case Drain():
+                    draining = True
+        if not engine.has_work:
+            continue
+        output = engine.step()
+        if output.deltas:
+            channel.send(output)
+        if first and any(delta.token_ids for delta in output.deltas):
+            first = False
+            channel.send(Mark("first_token", marks.since_exec()))

@@ -1,0 +1,27 @@
+"""How much memory there is, and how large the KV cache may be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+# Of the memory that is free on a CPU machine. Pages of the pool that are never used are never touched.
+_CPU_FRACTION = 0.3
+
+
+def available_bytes() -> int:
+    """Main memory this process may still take: the machine's, or less if a container limits it."""
+    available = 0
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) * 1024
+    limit = Path("/sys/fs/cgroup/memory.max")
+    used = Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
+        available = min(available, max(0, int(text) - int(used.read_text())))
+    return available
+
+
+def cpu_num_blocks(kv_cache_bytes: int | None, bytes_per_block: int, most: int) -> int:
+    """Blocks in the pool: what was asked for, else a share of free memory; never more than `most`."""
+    budget = int(available_bytes() * _CPU_FRACTION) if kv_cache_bytes is None else kv_cache_bytes
+    return min(budget // bytes_per_block, most)

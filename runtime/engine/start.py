@@ -1,0 +1,114 @@
+"""From a configuration to an engine that takes requests, with everything overlapped that can be.
+
+The files are found (or fetched), planned and read ahead in a thread while the main thread imports
+torch. The thread waits in the kernel and in the network, not on Python's lock.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runtime import marks
+from runtime.kernels import native
+from runtime.model.families import Model, read_model
+from runtime.protocol import EngineConfig, Event, Progress, Ready
+from runtime.weights import sources
+from runtime.weights.checkpoint import read_checkpoint
+from runtime.weights.loader import MappedWeights
+from runtime.weights.plan import Plan, make_plan
+
+if TYPE_CHECKING:
+    from runtime.engine.core import Engine
+
+_PROGRESS_INTERVAL_S = 0.1
+
+
+class Preparation(threading.Thread):
+    """Brings the model's files into memory. `finish` waits for it and raises what went wrong."""
+
+    def __init__(self, config: EngineConfig, send: Callable[[Event], None]) -> None:
+        super().__init__(name="preparation", daemon=True)
+        self._config = config
+        self._send = send
+        self._error: Exception | None = None
+        self._last_sent = 0.0
+        self.marks: dict[str, float] = {}
+        self.model: Model
+        self.plan: Plan
+        self.weights: MappedWeights
+
+    def run(self) -> None:
+        """The thread's work."""
+        try:
+            self._prepare()
+        except Exception as error:  # whatever it is, `finish` raises it where it can be reported
+            self._error = error
+
+    def finish(self) -> None:
+        """Wait until the weights are in memory."""
+        self.join()
+        if self._error is not None:
+            raise self._error
+
+    def _prepare(self) -> None:
+        directory = self._fetch()
+        self.model = read_model(directory)
+        self.plan = make_plan(
+            self.model, read_checkpoint(directory), self._config.rank, self._config.world_size
+        )
+        self._mark("plan")
+        self._send(Progress(phase="load", bytes_total=self.plan.read_bytes, directory=str(directory)))
+        self.weights = MappedWeights(self.plan)
+        self._mark("first_byte")
+        native.build()
+        self.weights.read_ahead(lambda done: self._progress("load", done, self.weights.num_bytes))
+        self._mark("last_byte")
+
+    def _fetch(self) -> Path:
+        model, cache_dir = self._config.model, Path(self._config.cache_dir)
+        directory = sources.locate(model, cache_dir)
+        if directory is not None:
+            return directory
+
+        def on_progress(progress: sources.FetchProgress) -> None:
+            found = None if progress.directory is None else str(progress.directory)
+            self._progress("download", progress.bytes_done, progress.bytes_total, found)
+
+        return sources.fetch(model, cache_dir, on_progress)
+
+    def _progress(self, phase: str, done: int, total: int, directory: str | None = None) -> None:
+        now = time.monotonic()
+        if directory is not None or now - self._last_sent >= _PROGRESS_INTERVAL_S or done == total:
+            self._last_sent = now
+            self._send(Progress(phase=phase, bytes_done=done, bytes_total=total, directory=directory))  # type: ignore[arg-type]
+
+    def _mark(self, name: str) -> None:
+        self.marks[name] = marks.since_exec()
+
+
+def start(config: EngineConfig, send: Callable[[Event], None]) -> tuple[Engine, Ready]:
+    """Load the model and build its engine. Raises `FirstlightError` for what a person must mend."""
+    preparation = Preparation(config, send)
+    preparation.start()
+
+    from runtime.engine.build import build_engine
+
+    torch_imported = marks.since_exec()
+    preparation.finish()
+    engine, device, dtype = build_engine(config, preparation.model, preparation.weights.tensors())
+    ready = Ready(
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        max_model_len=engine.max_model_len,
+        vocab_size=engine.vocab_size,
+        block_size=engine.scheduler.blocks.block_size,
+        num_blocks=engine.scheduler.blocks.num_blocks,
+        weight_bytes=preparation.plan.read_bytes,
+        marks={**preparation.marks, "torch": torch_imported, "ready": marks.since_exec()},
+        counters={"bytes_read": preparation.weights.num_bytes, "kernels_compiled": 0},
+    )
+    return engine, ready

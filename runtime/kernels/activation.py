@@ -1,0 +1,25 @@
+"""The gated activations of the MLP."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from runtime.kernels import native
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """[m, 2 n], gates then ups -> [m, n]: silu(gate) * up."""
+    lib = native.library() if gate_up.device.type == "cpu" else None
+    if lib is None:
+        return silu_mul_torch(gate_up)
+    m, n = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty((m, n))
+    lib.silu_mul(gate_up.data_ptr(), m, n, out.data_ptr())
+    return out
+
+
+def silu_mul_torch(gate_up: torch.Tensor) -> torch.Tensor:
+    """The plain twin of `silu_mul`."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up

@@ -1,0 +1,80 @@
+"""Linear layers over weights that stay where and as they were loaded."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from runtime.kernels import native
+
+_NATIVE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_MAX_NATIVE_PARTS = 3
+
+
+class LinearWeights:
+    """The weights of y = x W^T + b, as one or more parts stacked along the outputs.
+
+    Parts of a fused projection (q, k and v; gate and up) need not be neighbours in memory, so a mapped
+    checkpoint can be used in place. Each weight is [out_features, in_features] with unit stride along
+    the inputs, all of one dtype; each bias is [out_features] in float32, or None.
+    """
+
+    def __init__(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None] = ()) -> None:
+        self.weights = tuple(weights)
+        self.biases = tuple(biases) or (None,) * len(self.weights)
+        self.out_features = sum(weight.shape[0] for weight in self.weights)
+        self.in_features = self.weights[0].shape[1]
+        self.lib = native.library() if self._suits_native() else None
+        self.type = _NATIVE_TYPES.get(self.weights[0].dtype, -1)
+        parts = [
+            native.Part(
+                weight.data_ptr(),
+                weight.shape[0],
+                weight.stride(0),
+                None if bias is None else bias.data_ptr(),
+            )
+            for weight, bias in zip(self.weights, self.biases, strict=True)
+        ]
+        self._parts = (native.Part * len(parts))(*parts)  # owns what `parts_address` points to
+        self.parts_address = ctypes.addressof(self._parts)
+
+    def _suits_native(self) -> bool:
+        return (
+            len(self.weights) <= _MAX_NATIVE_PARTS
+            and all(
+                w.device.type == "cpu" and w.dtype in _NATIVE_TYPES and w.stride(1) == 1 for w in self.weights
+            )
+            and all(bias is None or bias.dtype == torch.float32 for bias in self.biases)
+        )
+
+
+def linear(x: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
+    """x [m, in_features] -> [m, out_features]; on the CPU x is contiguous float32."""
+    lib = weights.lib
+    if lib is None:
+        return linear_torch(x, weights)
+    m, k = x.shape
+    y = torch.empty((m, weights.out_features))
+    lib.linear(
+        x.data_ptr(),
+        m,
+        k,
+        y.data_ptr(),
+        weights.out_features,
+        weights.type,
+        len(weights.weights),
+        weights.parts_address,
+    )
+    return y
+
+
+def linear_torch(x: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
+    """The plain twin of `linear`, for any device and dtype."""
+    outputs = [
+        F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        for weight, bias in zip(weights.weights, weights.biases, strict=True)
+    ]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)

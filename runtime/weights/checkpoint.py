@@ -1,0 +1,138 @@
+"""A folder of safetensors files -> which tensors exist and where their bytes lie.
+
+The format (https://huggingface.co/docs/safetensors): an 8-byte little-endian header length, a JSON
+header {name: {dtype, shape, data_offsets}}, then the data. Only headers are read here, and none of
+what they say is believed before it is checked: files come from strangers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import FirstlightError
+
+# The reference implementation refuses longer headers too.
+MAX_HEADER_BYTES = 100_000_000
+ITEM_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
+ITEM_BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8}
+
+
+class CheckpointError(FirstlightError):
+    """Weights that are missing, malformed or not what the config says. Names file and tensor."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor in a file: `start` and `stop` are byte offsets from the beginning of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    stop: int
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes per element."""
+        return ITEM_BYTES[self.dtype]
+
+
+def read_checkpoint(directory: Path) -> dict[str, TensorInfo]:
+    """All tensors of the model in `directory`, by name. Raises `CheckpointError`."""
+    tensors: dict[str, TensorInfo] = {}
+    for file in _files(directory):
+        for tensor in _read_header(file):
+            if tensor.name in tensors:
+                raise CheckpointError(
+                    f"Tensor {tensor.name} is in both {tensors[tensor.name].file} and {file}."
+                )
+            tensors[tensor.name] = tensor
+    return tensors
+
+
+def _files(directory: Path) -> list[Path]:
+    index = directory / "model.safetensors.index.json"
+    if not index.exists():
+        single = directory / "model.safetensors"
+        files = [single] if single.exists() else sorted(directory.glob("*.safetensors"))
+        if not files:
+            raise CheckpointError(
+                f"{directory} holds no safetensors file; weights are read from that format."
+            )
+        return files
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is not a safetensors index: {error!r}.") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(f"{index}: {name!r} is not a plain file name.")
+        if not (directory / name).exists():
+            raise CheckpointError(
+                f"{directory / name} is missing, though {index.name} lists it; download it again."
+            )
+    return [directory / name for name in names]
+
+
+def _read_header(file: Path) -> list[TensorInfo]:
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        if len(prefix) < 8:
+            raise CheckpointError(
+                f"{file} has {size} bytes: too short for a safetensors file; download it again."
+            )
+        (length,) = struct.unpack("<Q", prefix)
+        if length > MAX_HEADER_BYTES or 8 + length > size:
+            raise CheckpointError(
+                f"{file}: the header claims {length} bytes of a file of {size}; it is damaged."
+            )
+        raw = stream.read(length)
+    try:
+        header = json.loads(raw)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: the header is not JSON: {error}.") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file}: the header is not a JSON object.")
+    header.pop("__metadata__", None)
+    tensors = [_tensor(file, 8 + length, size, name, entry) for name, entry in header.items()]
+    end = 8 + length
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.stop)):
+        if tensor.start < end:
+            raise CheckpointError(f"{file}: tensor {tensor.name} overlaps the tensor before it.")
+        end = tensor.stop
+    return tensors
+
+
+def _tensor(file: Path, base: int, size: int, name: str, entry: Any) -> TensorInfo:
+    try:
+        dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        sound = all(type(n) is int and n >= 0 for n in (*shape, start, stop))
+    except (TypeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{file}: the entry of tensor {name} is malformed: {error!r}.") from error
+    if dtype not in ITEM_BYTES:
+        raise CheckpointError(f"{file}: tensor {name} has the unknown dtype {dtype!r}.")
+    if not sound or start > stop or base + stop > size:
+        raise CheckpointError(f"{file}: tensor {name} lies outside the file ({size} bytes); it is cut short.")
+    if stop - start != math.prod(shape) * ITEM_BYTES[dtype]:
+        raise CheckpointError(
+            f"{file}: tensor {name} of shape {list(shape)} does not fit its {stop - start} bytes."
+        )
+    return TensorInfo(name, dtype, shape, file, base + start, base + stop)

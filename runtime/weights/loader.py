@@ -1,0 +1,84 @@
+"""Runs a plan on the CPU: the files are mapped, and parameters are views of the mapped bytes.
+
+Mapping and reading ahead need no torch, so they run while torch is being imported. Nothing is copied:
+the kernels read weights in the dtype and place in which the checkpoint keeps them, and pages that the
+kernel drops under pressure come back from the file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runtime.weights.plan import Piece, Plan
+
+if TYPE_CHECKING:
+    import torch
+
+_MADV_POPULATE_READ = 22  # Linux 5.14; older kernels refuse it, and then reading ahead is all that happens
+_STRIDE = 64 << 20
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+class MappedWeights:
+    """The plan's files in memory. Constructing maps them; `read_ahead` brings their pages in."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._maps: dict[Path, mmap.mmap] = {}
+        for path in plan.files:
+            with path.open("rb") as file:
+                # A private mapping counts as writable memory, which torch asks for, and nobody writes.
+                self._maps[path] = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=_PROTECTION)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all mapped files."""
+        return sum(len(mapped) for mapped in self._maps.values())
+
+    def read_ahead(self, on_progress: Callable[[int], None]) -> None:
+        """Touch every page, in file order; `on_progress` is told the bytes brought in so far.
+
+        The waiting happens in the kernel with Python's lock released.
+        """
+        done = 0
+        for mapped in self._maps.values():
+            address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+            _libc.madvise(address, len(mapped), mmap.MADV_WILLNEED)
+            for start in range(0, len(mapped), _STRIDE):
+                length = min(_STRIDE, len(mapped) - start)
+                _libc.madvise(address + start, length, _MADV_POPULATE_READ)
+                done += length
+                on_progress(done)
+
+    def tensors(self) -> dict[str, tuple[torch.Tensor, ...]]:
+        """Each parameter's pieces as views of the mapped files, in the checkpoint's dtype."""
+        return {
+            parameter.name: tuple(self._view(piece) for piece in parameter.pieces)
+            for parameter in self.plan.parameters
+        }
+
+    def _view(self, piece: Piece) -> torch.Tensor:
+        import torch
+
+        dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+        tensor = piece.tensor
+        count = (tensor.stop - tensor.start) // tensor.item_bytes
+        mapped = self._maps[tensor.file]
+        dtype = dtypes[tensor.dtype]
+        if tensor.start % tensor.item_bytes:
+            # The format does not promise alignment, and unaligned elements cannot be viewed.
+            flat = torch.frombuffer(bytearray(mapped[tensor.start : tensor.stop]), dtype=dtype)
+        else:
+            flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=tensor.start)
+        if len(tensor.shape) == 1:
+            return flat[piece.rows[0] : piece.rows[1]]
+        whole = flat.view(tensor.shape[0], -1)
+        return whole[piece.rows[0] : piece.rows[1], piece.columns[0] : piece.columns[1]]
+
+
+_PROTECTION = mmap.PROT_READ | mmap.PROT_WRITE

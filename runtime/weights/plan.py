@@ -1,0 +1,146 @@
+"""Checkpoint tensors + the model's layout + a rank -> which bytes land where in the arena.
+
+Made from headers alone, before torch is imported. On a device the arena is one allocation and a
+parameter's pieces are neighbours in it; on the CPU the arena is the mapped files themselves.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime.errors import FirstlightError
+from runtime.model.config import ModelConfig
+from runtime.model.families import Model
+from runtime.model.layout import Part
+from runtime.weights.checkpoint import CheckpointError, TensorInfo
+
+# What the arena's parameters start at: a multiple that every device's widest loads are happy with.
+ALIGNMENT = 256
+FLOAT_DTYPES = ("F32", "F16", "BF16")
+
+
+class PlanError(FirstlightError):
+    """A model that cannot be divided among the ranks as asked."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rectangle of one checkpoint tensor, as this rank needs it.
+
+    The tensor is seen as [rows, columns], columns being all but the first axis.
+    """
+
+    tensor: TensorInfo
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The piece's own shape: one axis for a vector, else two."""
+        count = self.rows[1] - self.rows[0]
+        return (count,) if len(self.tensor.shape) == 1 else (count, self.columns[1] - self.columns[0])
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes this rank takes of the tensor."""
+        return math.prod(self.shape) * self.tensor.item_bytes
+
+
+@dataclass(frozen=True)
+class PlannedParameter:
+    """One parameter on this rank: its pieces, one after the other from `offset` in the arena."""
+
+    name: str
+    pieces: tuple[Piece, ...]
+    offset: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that one rank loads."""
+
+    parameters: tuple[PlannedParameter, ...]
+    arena_bytes: int
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that are read, each once, in the order they are first needed."""
+        return list(
+            dict.fromkeys(piece.tensor.file for parameter in self.parameters for piece in parameter.pieces)
+        )
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that this rank takes from the files."""
+        return sum(piece.num_bytes for parameter in self.parameters for piece in parameter.pieces)
+
+
+def make_plan(model: Model, tensors: dict[str, TensorInfo], rank: int = 0, world_size: int = 1) -> Plan:
+    """Plan what `rank` of `world_size` loads. Raises `CheckpointError` and `PlanError`."""
+    check_world_size(model.config, world_size)
+    planned = []
+    offset = 0
+    for parameter in model.parameters:
+        pieces = tuple(_piece(part, tensors, model.config, rank, world_size) for part in parameter.parts)
+        if len({piece.tensor.dtype for piece in pieces}) > 1:
+            kinds = ", ".join(f"{piece.tensor.name}: {piece.tensor.dtype}" for piece in pieces)
+            raise CheckpointError(f"Tensors that are computed together differ in dtype ({kinds}).")
+        planned.append(PlannedParameter(parameter.name, pieces, offset))
+        size = sum(piece.num_bytes for piece in pieces)
+        offset += -(-size // ALIGNMENT) * ALIGNMENT
+    return Plan(tuple(planned), offset)
+
+
+def check_world_size(config: ModelConfig, world_size: int) -> None:
+    """Refuse a tensor-parallel size that the model's heads or MLP do not divide by."""
+    fits = [n for n in range(1, config.num_heads + 1) if _divides(config, n)]
+    if world_size not in fits:
+        raise PlanError(
+            f"--tensor-parallel-size {world_size} does not fit this model ({config.num_heads} heads, "
+            f"{config.num_kv_heads} key/value heads, "
+            f"MLP width {config.intermediate_size}). These sizes fit: {fits}."
+        )
+
+
+def _divides(config: ModelConfig, world_size: int) -> bool:
+    kv_heads = config.num_kv_heads
+    shares_kv = kv_heads % world_size == 0 or world_size % kv_heads == 0
+    return config.num_heads % world_size == 0 and config.intermediate_size % world_size == 0 and shares_kv
+
+
+def _piece(
+    part: Part, tensors: dict[str, TensorInfo], config: ModelConfig, rank: int, world_size: int
+) -> Piece:
+    tensor = tensors.get(part.tensor)
+    if tensor is None:
+        raise CheckpointError(
+            f"Tensor {part.tensor} is not in the checkpoint, though config.json implies it."
+        )
+    if tensor.shape != part.shape:
+        raise CheckpointError(
+            f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)}; "
+            f"config.json implies {list(part.shape)}."
+        )
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise CheckpointError(
+            f"{tensor.file}: tensor {tensor.name} has dtype {tensor.dtype}; F32, F16 and BF16 are read."
+        )
+    rows, columns = part.shape[0], math.prod(part.shape[1:])
+    match part.split:
+        case "columns":
+            return Piece(tensor, (0, rows), _share(columns, rank, world_size))
+        case "rows" | "heads":
+            return Piece(tensor, _share(rows, rank, world_size), (0, columns))
+        case "kv_heads":
+            ranks = min(world_size, config.num_kv_heads)
+            return Piece(tensor, _share(rows, rank * ranks // world_size, ranks), (0, columns))
+        case "vocabulary":
+            step = -(-rows // world_size)
+            return Piece(tensor, (min(rank * step, rows), min((rank + 1) * step, rows)), (0, columns))
+    return Piece(tensor, (0, rows), (0, columns))
+
+
+def _share(size: int, rank: int, world_size: int) -> tuple[int, int]:
+    return size * rank // world_size, size * (rank + 1) // world_size
