@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import http.client
 import socket
 import threading
@@ -46,11 +47,16 @@ def s3(server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("AWS_PROFILE", raising=False)
     monkeypatch.setattr(transfer_module, "RANGE_BYTES", 100_000)
-    client = boto3.client("s3")
+    client = _client(server)
     reset = urllib.request.Request(f"{server}/moto-api/reset", method="POST")
     urllib.request.urlopen(reset).close()
     client.create_bucket(Bucket="models")
     return client
+
+
+@functools.cache
+def _client(server: str) -> Any:
+    return boto3.client("s3", endpoint_url=server)
 
 
 def _upload(s3: Any, files: dict[str, bytes], prefix: str = "org/name/", **options: str) -> None:
