@@ -99,7 +99,9 @@ class Server:
 
     def open_stream(self, **fields: Any) -> socket.socket:
         """A connection on which a streamed chat has been asked for; the test reads what it likes."""
-        body = json.dumps({"messages": [{"role": "user", "content": "Hi"}], "stream": True, **fields}).encode()
+        body = json.dumps(
+            {"messages": [{"role": "user", "content": "Hi"}], "stream": True, **fields}
+        ).encode()
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
         sock = socket.create_connection(("127.0.0.1", self.port), timeout=30)
         sock.sendall(head.encode() + body)

@@ -78,7 +78,9 @@ class FakeStream:
 class FakeEngine:
     """`reply` maps a request to the text that is said, or to the deltas themselves."""
 
-    def __init__(self, directory: Path, reply: Callable[[Submit], str | list[TokenDelta]], config: EngineConfig):
+    def __init__(
+        self, directory: Path, reply: Callable[[Submit], str | list[TokenDelta]], config: EngineConfig
+    ):
         self.config = config
         self.directory = directory
         self.tokenizer = Tokenizer.load(directory)
@@ -199,7 +201,9 @@ class FakeEngine:
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         finish, stop_id = ("length", None) if len(ids) >= sampling.max_tokens else ("stop", EOS)
         deltas = [
-            TokenDelta(request_id=request.request_id, token_ids=[token], logprobs=scores([token], sampling.logprobs))
+            TokenDelta(
+                request_id=request.request_id, token_ids=[token], logprobs=scores([token], sampling.logprobs)
+            )
             for token in ids[: sampling.max_tokens]
         ]
         first = deltas[0] if deltas else TokenDelta(request_id=request.request_id)
@@ -219,5 +223,6 @@ def scores(ids: list[int], top: int | None) -> list[TokenLogprobs]:
     if top is None:
         return []
     return [
-        TokenLogprobs(token, -0.5, 1, [((token + place) % 256, -0.5 - place) for place in range(top)]) for token in ids
+        TokenLogprobs(token, -0.5, 1, [((token + place) % 256, -0.5 - place) for place in range(top)])
+        for token in ids
     ]

@@ -95,7 +95,9 @@ def test_characters_never_break(make_server: Callable[..., Server]) -> None:
         ({"stop": "friend?"}, GREETING, None),
     ],
 )
-def test_stop_strings(server: Server, stream: bool, fields: dict[str, Any], text: str, reason: str | None) -> None:
+def test_stop_strings(
+    server: Server, stream: bool, fields: dict[str, Any], text: str, reason: str | None
+) -> None:
     reply = server.chat(stream=stream, **fields)
     if stream:
         choices = [event["choices"][0] for event in reply.events]
@@ -171,7 +173,12 @@ class TestSampling:
     def test_openai_defaults(self, server: Server) -> None:
         server.complete()
         sampling = self.submitted(server)
-        assert (sampling.max_tokens, sampling.temperature, sampling.top_p, sampling.top_k) == (16, 1.0, 1.0, 0)
+        assert (sampling.max_tokens, sampling.temperature, sampling.top_p, sampling.top_k) == (
+            16,
+            1.0,
+            1.0,
+            0,
+        )
         server.chat()
         used = len(server.engine.submitted[-1].prompt_token_ids)
         assert self.submitted(server).max_tokens == 512 - used
@@ -206,7 +213,9 @@ class TestPrompts:
         parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
         messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts}]
         assert self.ask(server, messages) == (
-            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\none\ntwo<|im_end|>\n<|im_start|>assistant\n"
+            "<|im_start|>system\nBe brief.<|im_end|>\n"
+            "<|im_start|>user\none\ntwo<|im_end|>\n"
+            "<|im_start|>assistant\n"
         )
 
     def test_without_a_turn_to_answer_in(self, server: Server) -> None:

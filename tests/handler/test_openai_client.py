@@ -21,7 +21,11 @@ def client_of(server: Server, **options: object) -> openai.OpenAI:
 def test_chat(server: Server) -> None:
     answer = client_of(server).chat.completions.create(model=MODEL, messages=MESSAGES)
     choice = answer.choices[0]
-    assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", GREETING, "stop")
+    assert (choice.message.role, choice.message.content, choice.finish_reason) == (
+        "assistant",
+        GREETING,
+        "stop",
+    )
     assert answer.object == "chat.completion"
     assert answer.model == MODEL
     usage = answer.usage
@@ -158,13 +162,17 @@ def test_a_crash_in_the_middle_raises_from_the_stream(make_server: Callable[...,
 
     server = make_server(prepare=never_ending)
     stream = client_of(server).chat.completions.create(model=MODEL, messages=MESSAGES, stream=True)
-    text = ""
-    with pytest.raises(openai.APIError, match="being restarted"):
+    pieces = []
+
+    def read_and_crash() -> None:
         for chunk in stream:
-            text += chunk.choices[0].delta.content or ""
-            if text == GREETING:
+            pieces.append(chunk.choices[0].delta.content or "")
+            if "".join(pieces) == GREETING:
                 server.engine.die()
-    assert text == GREETING
+
+    with pytest.raises(openai.APIError, match="being restarted"):
+        read_and_crash()
+    assert "".join(pieces) == GREETING
 
 
 def stream_and_crash(server: Server) -> None:
@@ -178,5 +186,3 @@ def stream_and_crash(server: Server) -> None:
             await asking
 
     asyncio.run(ask())
-
-

@@ -1,0 +1,259 @@
+"""Flags, environment variables, models.yaml and defaults; help; and what is said about mistakes."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from handler.cli import COMMANDS, main
+from handler.commands import serve
+from handler.flags import SERVE_FLAGS, with_model
+from handler.listen import ListenError, listen, url_of
+from handler.settings import ServerSettings, read_settings
+from runtime.errors import FirstlightError
+
+ROOT = Path(__file__).parents[2]
+CATALOGUE = """
+default: small
+models:
+  small: {source: hf://org/small, max_model_len: 1000, generation: {temperature: 0.5}}
+  large: {source: hf://org/large, max_model_len: 4096, tp_size: 4, dtype: bfloat16}
+"""
+
+
+@pytest.fixture
+def catalogue(tmp_path: Path) -> str:
+    path = tmp_path / "models.yaml"
+    path.write_text(CATALOGUE)
+    return str(path)
+
+
+def settle(line: str, environ: dict[str, str] | None = None) -> ServerSettings:
+    """What `firstlight serve LINE` would serve."""
+    parser = argparse.ArgumentParser()
+    serve.configure(parser)
+    return read_settings(with_model(vars(parser.parse_args(shlex.split(line)))), environ or {})
+
+
+class TestOrder:
+    def test_flag_environment_catalogue_default(self, catalogue: str) -> None:
+        base = f"--catalogue {catalogue} --model large"
+        assert settle(base).engine.max_model_len == 4096
+        environ = {"FIRSTLIGHT_MAX_MODEL_LEN": "2048"}
+        assert settle(base, environ).engine.max_model_len == 2048
+        assert settle(f"{base} --max-model-len 512", environ).engine.max_model_len == 512
+        assert settle(base).engine.block_size == 16
+
+    def test_the_catalogues_own_values(self, catalogue: str) -> None:
+        engine = settle(f"large --catalogue {catalogue}").engine
+        assert (engine.world_size, engine.dtype, engine.model.source) == (4, "bfloat16", "hf://org/large")
+
+    def test_the_model_from_the_environment(self, catalogue: str) -> None:
+        environ = {"FIRSTLIGHT_CATALOGUE": catalogue}
+        assert settle("", environ).engine.model.id == "small"
+        environ["HF_MODEL_ID"] = "org/third"
+        assert settle("", environ).engine.model.id == "org/third"
+        environ["MODEL_ID"] = "large"
+        assert settle("", environ).engine.model.id == "large"
+        environ["FIRSTLIGHT_MODEL"] = "small"
+        assert settle("", environ).engine.model.id == "small"
+        assert settle("--model large", environ).engine.model.id == "large"
+
+    def test_port_and_host_as_platforms_set_them(self, catalogue: str) -> None:
+        environ = {"PORT": "8080", "HOST": "0.0.0.0", "FIRSTLIGHT_CATALOGUE": catalogue}
+        settings = settle("", environ)
+        assert (settings.host, settings.port) == ("0.0.0.0", 8080)
+        assert settle("", environ | {"FIRSTLIGHT_PORT": "9"}).port == 9
+        assert settle("--port 0", environ).port == 0
+        assert (settle(f"--catalogue {catalogue}").host, settle(f"--catalogue {catalogue}").port) == (
+            "127.0.0.1",
+            8000,
+        )
+
+    def test_every_flag_has_its_variable(self, catalogue: str) -> None:
+        environ = {
+            "FIRSTLIGHT_CATALOGUE": catalogue,
+            "FIRSTLIGHT_API_KEY": "one, two",
+            "FIRSTLIGHT_SERVED_MODEL_NAME": "a,b",
+            "FIRSTLIGHT_ENABLE_CHUNKED_PREFILL": "false",
+            "FIRSTLIGHT_GPU_MEMORY_UTILIZATION": "0.5",
+            "FIRSTLIGHT_DOWNLOAD_DIR": "/somewhere",
+        }
+        settings = settle("", environ)
+        assert settings.api_keys == ("one", "two")
+        assert settings.served_model_names == ("a", "b")
+        assert settings.engine.enable_chunked_prefill is False
+        assert settings.engine.gpu_memory_utilization == 0.5
+        assert settings.engine.cache_dir == "/somewhere"
+
+    def test_a_variable_that_makes_no_sense_is_named(self, catalogue: str) -> None:
+        with pytest.raises(FirstlightError, match=r"FIRSTLIGHT_PORT.*70000"):
+            settle("", {"FIRSTLIGHT_PORT": "70000", "FIRSTLIGHT_CATALOGUE": catalogue})
+
+
+class TestFlagsOfVllm:
+    LINE = (
+        "--model org/some-model --max-model-len 2048 --trust-remote-code --tensor-parallel-size 4 "
+        "--gpu-memory-utilization 0.95 --quantization None --block-size 16 --max-num-batched-tokens 2048 "
+        "--enable-chunked-prefill False"
+    )
+
+    def test_the_platforms_endpoint_command(self, capsys: pytest.CaptureFixture[str]) -> None:
+        settings = settle(self.LINE)
+        engine = settings.engine
+        assert (engine.model.source, engine.max_model_len, engine.world_size) == (
+            "hf://org/some-model",
+            2048,
+            4,
+        )
+        assert (engine.gpu_memory_utilization, engine.quantization, engine.block_size) == (0.95, None, 16)
+        assert (engine.max_num_batched_tokens, engine.enable_chunked_prefill) == (2048, False)
+        assert settings.served_model_names == ("org/some-model",)
+        assert "never run" in capsys.readouterr().err
+
+    def test_with_a_chat_template(self, tmp_path: Path) -> None:
+        template = tmp_path / "template_baichuan.jinja"
+        template.write_text("{{ messages }}")
+        assert settle(f"{self.LINE} --chat-template {template}").chat_template == "{{ messages }}"
+        with pytest.raises(FirstlightError, match=r"absent\.jinja"):
+            settle(f"{self.LINE} --chat-template {tmp_path}/absent.jinja")
+
+    @pytest.mark.parametrize(
+        ("text", "tokens"), [("4096", 4096), ("4k", 4000), ("4K", 4096), ("25.6k", 25_600), ("1m", 1_000_000)]
+    )
+    def test_lengths(self, catalogue: str, text: str, tokens: int) -> None:
+        assert settle(f"--catalogue {catalogue} --max-model-len {text}").engine.max_model_len == tokens
+
+    @pytest.mark.parametrize(("flag", "dtype"), [("half", "float16"), ("float", "float32"), ("auto", "auto")])
+    def test_dtypes(self, catalogue: str, flag: str, dtype: str) -> None:
+        assert settle(f"--catalogue {catalogue} --dtype {flag}").engine.dtype == dtype
+
+    def test_switches(self, catalogue: str) -> None:
+        base = f"--catalogue {catalogue}"
+        assert settle(f"{base} --enable-chunked-prefill").engine.enable_chunked_prefill is True
+        assert settle(f"{base} --no-enable-prefix-caching").engine.enable_prefix_caching is False
+
+    def test_a_model_path_is_also_the_models_name(self, tiny_model: Path) -> None:
+        assert settle(f"--model {tiny_model}").served_model_names[0] == str(tiny_model)
+
+
+class TestMistakes:
+    def fails(self, capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+        try:
+            status = main(argv)
+        except SystemExit as leave:
+            status = int(str(leave.code))
+        assert status in (1, 2)
+        return capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("argv", "said"),
+        [
+            (["serve", "--lora-modules", "a=b"], "--lora-modules is a flag of vLLM's"),
+            (["serve", "--speculative_config", "{}"], "--speculative-config is a flag of vLLM's"),
+            (["serve", "--max-modle-len", "5"], "did you mean --max-model-len?"),
+            (["serve", "--zzz"], "there is no flag --zzz"),
+            (["serve", "one", "two"], "'two' belongs to no flag"),
+            (["serve", "one", "--model", "two"], "two models are named"),
+            (["serve", "--port", "eighty"], "'eighty' is not a whole number"),
+            (["serve", "--port", "65536"], "between 0 (any free port) and 65535"),
+            (["serve", "--max-model-len", "0"], "not a whole number above zero"),
+            (["serve", "--gpu-memory-utilization", "1.5"], "between 0 and 1"),
+            (["serve", "--dtype", "int3"], "'int3' is not one of auto"),
+            (["serve", "--enable-chunked-prefill", "maybe"], "neither true nor false"),
+            (["serve", "--catalogue", "/nowhere/models.yaml"], "/nowhere/models.yaml"),
+            (["serve", "smolm"], "smolm"),
+            (["--model", "smolm"], "smolm"),
+            (["generate", "--raw", "--system", "s", "p"], "--system needs the chat template"),
+            (["dance"], "dance"),
+        ],
+    )
+    def test_each_is_told_in_its_own_words(
+        self, capsys: pytest.CaptureFixture[str], argv: list[str], said: str
+    ) -> None:
+        assert said in self.fails(capsys, *argv)
+
+    def test_a_port_that_is_taken(self, capsys: pytest.CaptureFixture[str], tiny_model: Path) -> None:
+        with listen("127.0.0.1", 0) as taken:
+            port = str(taken.getsockname()[1])
+            said = self.fails(capsys, "serve", "--model", str(tiny_model), "--port", port)
+        assert f"port {port}" in said
+        assert "Address already in use" in said
+
+    def test_a_host_that_does_not_exist(self) -> None:
+        with pytest.raises(ListenError, match=r"no\.such\.host\.invalid"):
+            listen("no.such.host.invalid", 0)
+
+
+class TestHelp:
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_every_command_explains_itself(self, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as leave:
+            main([command, "--help"])
+        assert leave.value.code == 0
+        text = capsys.readouterr().out
+        assert f"firstlight {command}" in text
+        assert len(text.splitlines()) > 5
+
+    def test_serve_shows_every_flag(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit):
+            main(["serve", "--help"])
+        shown = set(re.findall(r"--([a-z-]+)", capsys.readouterr().out))
+        assert {flag.name for flag in SERVE_FLAGS} <= shown
+
+    def test_without_a_command(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main([]) == 2
+        text = capsys.readouterr().out
+        assert all(command in text for command in COMMANDS)
+
+
+class TestModelsAndPull:
+    def test_models(self, catalogue: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["models", "--catalogue", catalogue, "--download-dir", str(tmp_path)]) == 0
+        header, *rows = capsys.readouterr().out.splitlines()
+        assert header.split() == ["MODEL", "LENGTH", "GPUS", "CACHED", "SOURCE"]
+        assert [row.split() for row in rows] == [
+            ["*", "small", "1000", "1", "no", "hf://org/small"],
+            ["large", "4096", "4", "no", "hf://org/large"],
+        ]
+
+    def test_pull_prints_the_folder(
+        self, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["pull", str(tiny_model), "--download-dir", str(tmp_path)]) == 0
+        assert Path(capsys.readouterr().out.strip()) == tiny_model
+
+
+def modules_after(code: str) -> set[str]:
+    script = f"import sys\n{code}\nprint(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.split())
+
+
+class TestImports:
+    HEAVY = {"torch", "transformers", "triton", "tokenizers", "jinja2", "boto3", "huggingface_hub", "numpy"}
+
+    def test_before_the_socket_listens_nothing_heavy_is_imported(self) -> None:
+        loaded = modules_after("import handler.commands.serve, handler.settings")
+        assert loaded.isdisjoint(self.HEAVY | {"starlette", "uvicorn", "pydantic", "prometheus_client"})
+
+    def test_the_whole_server_needs_no_torch(self) -> None:
+        loaded = modules_after("import handler.server, handler.platforms.function_url")
+        assert loaded.isdisjoint({"torch", "transformers", "triton", "prometheus_client", "numpy", "boto3"})
+
+    def test_the_lambda_entry_imports_nothing_beforehand(self) -> None:
+        loaded = modules_after("from handler import lambda_handler")
+        assert loaded.isdisjoint(self.HEAVY | {"starlette", "pydantic", "runtime"})
+
+
+def test_addresses_are_shown_as_browsers_take_them() -> None:
+    with listen("0.0.0.0", 0) as sock:
+        assert re.fullmatch(r"http://127\.0\.0\.1:[1-9]\d*", url_of(sock))

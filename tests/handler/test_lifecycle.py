@@ -1,0 +1,134 @@
+"""Loading, ready, dying, leaving: what callers are told, and what the engine is told."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.handler.conftest import GREETING, Server, starter
+
+
+@pytest.fixture
+def loading(make_server: Callable[..., Server]) -> Server:
+    return make_server(prepare=lambda engine: engine.set_loading(43, 100))
+
+
+def never_ending(engine: Any) -> None:
+    engine.endless = True
+
+
+class TestHealth:
+    def test_while_loading(self, loading: Server) -> None:
+        assert loading.get("/health/live").status == 200
+        for path in ("/health/ready", "/health/startup"):
+            reply = loading.get(path)
+            assert reply.status == 503
+            assert int(reply.headers["retry-after"]) >= 1
+            assert reply.json["state"] == "loading"
+            assert reply.json["progress"]["percent"] == 43
+
+    def test_once_warm(self, server: Server) -> None:
+        assert [server.get(f"/health/{name}").status for name in ("live", "ready", "startup")] == [200] * 3
+
+    def test_a_failure_says_why(self, make_server: Callable[..., Server]) -> None:
+        def fail(engine: Any) -> None:
+            engine.state, engine.failure = "failed", "No such model."
+
+        server = make_server(prepare=fail)
+        assert server.get("/health/ready").status == 503
+        assert server.get("/health/ready").json["error"] == "No such model."
+        reply = server.chat()
+        assert (reply.status, reply.error["message"]) == (503, "No such model.")
+        assert "retry-after" in reply.headers
+
+    def test_health_and_metrics_ask_nothing_of_the_engine(self, server: Server) -> None:
+        for path in ("/health/live", "/health/ready", "/health/startup", "/status", "/metrics"):
+            server.get(path)
+        assert server.engine.submitted == []
+
+    def test_status_shows_the_start(self, server: Server) -> None:
+        status = server.get("/status").json
+        assert status["state"] == "warm"
+        assert status["marks"]["listen"] == 0.1
+        assert status["memory"]["weight_bytes"] == 1234
+        assert status["max_model_len"] == 512
+
+
+class TestWhileLoading:
+    def test_a_stream_is_held_and_told_so(self, loading: Server) -> None:
+        with loading.open_stream() as sock, sock.makefile("rb") as lines:
+            assert lines.readline().startswith(b"HTTP/1.1 200 ")
+            assert any(line == b": loading 43%\n" for line in lines)
+            loading.engine.become_ready()
+            rest = lines.read1(1 << 20)
+            while b"[DONE]" not in rest:
+                rest += lines.read1(1 << 20)
+        events = [json.loads(line[6:]) for line in rest.split(b"\n") if line.startswith(b"data: {")]
+        assert "".join(event["choices"][0]["delta"].get("content", "") for event in events) == GREETING
+
+    def test_a_whole_answer_is_held(self, loading: Server) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", loading.port, timeout=10)
+        connection.request("POST", "/v1/completions", b'{"prompt": "x", "max_tokens": 5}')
+        assert loading.engine.submit_seen.wait(10)
+        loading.engine.become_ready()
+        assert json.loads(connection.getresponse().read())["choices"][0]["text"] == "Hello"
+        connection.close()
+
+    def test_mistakes_are_told_at_once(self, loading: Server) -> None:
+        assert loading.chat(stream=True, temperature=9).status == 400
+        assert loading.complete("x" * 600, stream=True).error["code"] == "context_length_exceeded"
+
+
+class TestLeaving:
+    def test_a_stream_that_is_left_is_aborted(self, make_server: Callable[..., Server]) -> None:
+        server = make_server(prepare=never_ending)
+        sock = server.open_stream()
+        with sock, sock.makefile("rb") as lines:
+            assert any(b'"content":"' in line for line in lines)
+        assert server.engine.abort_seen.wait(10)
+        assert server.engine.aborted == [server.engine.submitted[0].request_id]
+
+    def test_every_choice_of_it(self, make_server: Callable[..., Server]) -> None:
+        server = make_server(prepare=never_ending)
+        sock = server.open_stream(n=3)
+        with sock, sock.makefile("rb") as lines:
+            assert any(b'"content":"' in line for line in lines)
+        assert server.engine.abort_seen.wait(10)
+        # The three are told within one turn of the event loop, so any later answer comes after them all.
+        assert server.get("/status").json["queue"]["in_flight"] == 0
+        assert len(server.engine.aborted) == 3
+
+    def test_a_whole_answer_that_is_left_is_aborted(self, make_server: Callable[..., Server]) -> None:
+        server = make_server(prepare=never_ending)
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+        connection.request("POST", "/v1/completions", b'{"prompt": "x", "n": 2, "max_tokens": 50}')
+        assert server.engine.submit_seen.wait(10)
+        connection.close()
+        assert server.engine.abort_seen.wait(10)
+
+    def test_shutting_down_closes_the_engine(self, tiny_model: Any) -> None:
+        with starter(tiny_model) as make:
+            server = make()
+            assert server.chat().status == 200
+        assert server.engine.closed.is_set()
+
+
+class TestMetrics:
+    def test_requests_are_counted(self, make_server: Callable[..., Server]) -> None:
+        server = make_server()
+        server.chat()
+        server.chat(stream=True, max_tokens=4)
+        server.chat(temperature=9)
+        text = server.get("/metrics").body.decode()
+        figures = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+        assert figures['firstlight_http_responses_total{route="/v1/chat/completions",status="200"}'] == "2.0"
+        assert figures['firstlight_http_responses_total{route="/v1/chat/completions",status="400"}'] == "1.0"
+        assert figures['firstlight_request_success_total{finished_reason="stop"}'] == "1.0"
+        assert figures['firstlight_request_success_total{finished_reason="length"}'] == "1.0"
+        assert figures["firstlight_time_to_first_token_seconds_count"] == "2.0"
+        assert figures["firstlight_generation_tokens_total"] == str(float(len(GREETING) + 1 + 4))
+        assert figures['firstlight_state{state="warm"}'] == "1.0"
