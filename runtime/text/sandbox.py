@@ -1,21 +1,16 @@
 """A Jinja environment for chat templates from strangers: nothing to reach, and bounds on time and size.
 
 Jinja's sandbox keeps a template from reaching the interpreter, but lets it loop and grow without end.
-Here every loop, macro and call passes a clock, and whatever could build a huge value in one step is
-measured before it does. What a template can use is what transformers offers templates: `tojson` without
-HTML escapes, `raise_exception`, `strftime_now`, `break`, `continue` and `{% generation %}`.
+Here every loop, macro and call passes a clock, and what could build a huge value is measured first.
+What a template can use is what transformers offers templates: `tojson` without HTML escapes,
+`raise_exception`, `strftime_now`, `break`, `continue` and `{% generation %}`.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import math
-import re
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from typing import Any
 
@@ -28,97 +23,15 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-MAX_CHARACTERS = 1 << 24
-"""The longest text that a template may build, as output or on the way to it."""
-
-_MAX_ITEMS = 1 << 20
-_MAX_INTEGER_BITS = 1 << 12
-
-# Methods and filters whose result can be as large as the product of what they are given.
-_GROWERS = frozenset(
-    ("batch", "center", "expandtabs", "indent", "join", "ljust", "replace", "rjust", "slice", "zfill")
+from runtime.text.bounds import (
+    bounded_join,
+    check_clock,
+    check_growth,
+    check_nesting,
+    check_operator,
+    check_size,
+    spend,
 )
-_MAX_PRODUCT = 1 << 28
-_UNKNOWN_LENGTH = 1 << 17
-
-# A width or precision of five digits in a format string, and one that comes from an argument.
-_WIDE_FIELD = re.compile(r"%[^%a-zA-Z]*\d{5}|\{[^{}]*:[^{}]*\d{5}")
-_DYNAMIC_FIELD = re.compile(r"%[^%a-zA-Z]*\*|\{[^{}]*:[^{}]*\{")
-_WIDE_ARGUMENT = re.compile(r"\d{5}")
-
-_deadline: ContextVar[float] = ContextVar("deadline", default=math.inf)
-
-
-class TemplateLimitError(jinja2.TemplateError):
-    """A template that runs too long or builds something too large."""
-
-
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Within this block, templates raise TemplateLimitError once `seconds` have passed."""
-    token = _deadline.set(time.monotonic() + seconds)
-    try:
-        yield
-    finally:
-        _deadline.reset(token)
-
-
-def _check_clock() -> None:
-    if time.monotonic() > _deadline.get():
-        raise TemplateLimitError("the chat template runs too long; it probably loops without end")
-
-
-def _check_size(size: int, limit: int = MAX_CHARACTERS) -> None:
-    if size > limit:
-        raise TemplateLimitError(f"the chat template builds something too large (the limit is {limit})")
-
-
-def bounded_join(parts: Iterable[str]) -> str:
-    """`"".join(parts)`, given up as soon as it grows past the limit."""
-    kept, size = [], 0
-    for part in parts:
-        size += len(part)
-        _check_size(size)
-        kept.append(part)
-    return "".join(kept)
-
-
-def _check_growth(name: str, values: Sequence[Any]) -> None:
-    """Refuse a call whose result could be too large, before it is made."""
-    if name == "format":
-        _check_format(values)
-    elif name in _GROWERS:
-        _check_size(math.prod(max(1, _measure(value)) for value in values), _MAX_PRODUCT)
-
-
-def _measure(value: Any) -> int:
-    """How many times over a value can make a result grow."""
-    if isinstance(value, int):
-        return value
-    if isinstance(value, Iterator):
-        return _UNKNOWN_LENGTH
-    if isinstance(value, list | tuple):
-        return sum(len(item) if isinstance(item, str) else 1 for item in value)
-    return len(value) if hasattr(value, "__len__") else 1
-
-
-def _check_format(values: Sequence[Any]) -> None:
-    """`values` are a format string and what goes into it."""
-    text, arguments = str(values[0]), values[1:]
-    dynamic = _DYNAMIC_FIELD.search(text) and any(_WIDE_ARGUMENT.search(str(value)) for value in arguments)
-    if dynamic or _WIDE_FIELD.search(text):
-        raise TemplateLimitError("the chat template formats with a field that is too wide")
-
-
-def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def bounded(*args: Any, **kwargs: Any) -> Any:
-        _check_clock()
-        _check_growth(name, [*args, *kwargs.values()])
-        return function(*args, **kwargs)
-
-    return bounded
-
 
 # ---- what templates can call -------------------------------------------------------------------
 
@@ -138,7 +51,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    _check_size(indent if isinstance(indent, int) else len(indent or ""), 64)
+    check_size(indent if isinstance(indent, int) else len(indent or ""), 64)
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
@@ -176,8 +89,21 @@ class _PublicNamespace(Namespace):
 # ---- the environment ---------------------------------------------------------------------------
 
 
+def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def bounded(*args: Any, **kwargs: Any) -> Any:
+        check_clock()
+        check_growth(name, [*args, *kwargs.values()])
+        return spend(function(*args, **kwargs))
+
+    return bounded
+
+
 class _Instrument(NodeTransformer):
-    """Puts a look at the clock into every loop and macro, and sends `~` through a bounded join."""
+    """Rewrites a parsed template so that what Jinja would do on its own passes the bounds.
+
+    Loops and macros get a look at the clock; `~`, slices and new lists go through the environment.
+    """
 
     def __init__(self, environment: jinja2.Environment) -> None:
         self._environment = environment
@@ -200,6 +126,17 @@ class _Instrument(NodeTransformer):
         self.generic_visit(node)
         return self._call("concatenate", node.nodes, node.lineno)
 
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
+        self.generic_visit(node)
+        return self._call("copied", [node], node.lineno) if isinstance(node.arg, nodes.Slice) else node
+
+    def _literal(self, node: nodes.Literal) -> nodes.Node:
+        self.generic_visit(node)
+        is_target = isinstance(node, nodes.Tuple) and node.ctx != "load"
+        return node if is_target else self._call("gathered", [node], node.lineno)
+
+    visit_List = visit_Tuple = visit_Dict = _literal
+
 
 class ChatTemplateEnvironment(ImmutableSandboxedEnvironment):
     """The environment that every chat template is compiled in."""
@@ -212,6 +149,7 @@ class ChatTemplateEnvironment(ImmutableSandboxedEnvironment):
         self.filters["tojson"] = _tojson
         for name, function in self.filters.items():
             self.filters[name] = _bounded_filter(name, function)
+        # Nothing that a prompt needs, and a long loop in one call.
         del self.globals["lipsum"]
         self.globals |= {
             "raise_exception": _raise_exception,
@@ -226,6 +164,14 @@ class ChatTemplateEnvironment(ImmutableSandboxedEnvironment):
         """`a ~ b`."""
         return bounded_join(map(str, values))
 
+    def copied(self, value: Any) -> Any:
+        """A slice; that it is counted is up to `call`."""
+        return value
+
+    def gathered(self, value: Any) -> Any:
+        """A list, tuple or dict that the template spells out."""
+        return check_nesting(value)
+
     def _generate(
         self, source: nodes.Template, name: str | None, filename: str | None, defer_init: bool = False
     ) -> str:
@@ -233,25 +179,15 @@ class ChatTemplateEnvironment(ImmutableSandboxedEnvironment):
         return super()._generate(source, name, filename, defer_init)
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        _check_clock()
+        check_clock()
         method = getattr(obj, "__wrapped__", obj)  # the sandbox wraps str.format
         receiver = getattr(method, "__self__", None)
-        _check_growth(getattr(method, "__name__", ""), [receiver, *args, *kwargs.values()])
-        return super().call(context, obj, *args, **kwargs)
+        check_growth(getattr(method, "__name__", ""), [receiver, *args, *kwargs.values()])
+        result = spend(super().call(context, obj, *args, **kwargs))
+        return check_nesting(result) if obj is dict else result
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        _check_clock()
-        sized = [value for value in (left, right) if isinstance(value, Sized)]
-        if operator == "%" and isinstance(left, str):
-            _check_growth("format", [left, right])
-        elif operator == "+" and len(sized) == 2:
-            limit = MAX_CHARACTERS if isinstance(left, str) else _MAX_ITEMS
-            _check_size(sum(map(len, sized)), limit)
-        elif operator == "*" and sized:
-            count = right if sized[0] is left else left
-            limit = MAX_CHARACTERS if isinstance(sized[0], str) else _MAX_ITEMS
-            _check_size(len(sized[0]) * (count if isinstance(count, int) else 1), limit)
-        elif isinstance(left, int) and isinstance(right, int):
-            bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
-            _check_size(bits, _MAX_INTEGER_BITS)
-        return super().call_binop(context, operator, left, right)
+        check_clock()
+        check_operator(operator, left, right)
+        result = spend(super().call_binop(context, operator, left, right))
+        return check_nesting(result) if isinstance(result, list | tuple) else result

@@ -57,13 +57,13 @@ class ChatTemplate:
         Messages and tools are plain JSON values. Raises RequestError with the template's own words
         where it refuses them, and when it takes too long or builds too much.
         """
-        from runtime.text.sandbox import TemplateLimitError, bounded_join, time_limit
+        from runtime.text.bounds import TemplateLimitError, bounded, bounded_join
 
         name = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
         given = {"messages": messages, "tools": tools, "documents": None} | self._special_tokens | variables
         given["add_generation_prompt"] = add_generation_prompt
         try:
-            with time_limit(_TIME_LIMIT_S):
+            with bounded(_TIME_LIMIT_S):
                 return bounded_join(self._templates[name].generate(given))
         except TemplateLimitError as error:
             raise RequestError(str(error), "messages") from error
