@@ -306,7 +306,10 @@ class EngineClient:
         self.info = None
         self.stats = EngineStats()
         if self._failed_starts >= MAX_FAILED_STARTS:
-            self.failure = f"The engine ended {how} {self._failed_starts} times in a row {when}; its own messages are on stderr."
+            self.failure = (
+                f"The engine ended {how} {when}, {self._failed_starts} times in a row; "
+                "its own messages are on stderr."
+            )
             self._set_state("failed")
         else:
             self._set_state("loading")

@@ -90,8 +90,8 @@ def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
         return model.max_position_embeddings
     if asked > model.max_position_embeddings:
         raise SettingError(
-            f"--max-model-len {asked} is more than the {model.max_position_embeddings} positions that the model's "
-            "config.json allows (max_position_embeddings)."
+            f"--max-model-len {asked} is more than the {model.max_position_embeddings} positions that "
+            "the model's config.json allows (max_position_embeddings)."
         )
     return asked
 
@@ -99,8 +99,8 @@ def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
 def _check_budget(config: EngineConfig, max_model_len: int) -> None:
     if not config.enable_chunked_prefill and config.max_num_batched_tokens < max_model_len:
         raise SettingError(
-            f"--max-num-batched-tokens {config.max_num_batched_tokens} is less than --max-model-len {max_model_len}: "
-            "without chunked prefill, a step must be able to take a whole prompt."
+            f"--max-num-batched-tokens {config.max_num_batched_tokens} is less than --max-model-len "
+            f"{max_model_len}: without chunked prefill, a step must be able to take a whole prompt."
         )
 
 

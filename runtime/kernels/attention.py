@@ -37,7 +37,8 @@ def attention(
     lib.attention(
         qkv.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr(), batch.block_tables.data_ptr(),
         batch.block_tables.shape[1], batch.query_start.data_ptr(), batch.seq_lens.data_ptr(),
-        batch.work_items.data_ptr(), batch.work_items.shape[0], num_heads, num_kv_heads, head_dim, block_size, scale,
+        batch.work_items.data_ptr(), batch.work_items.shape[0],
+        num_heads, num_kv_heads, head_dim, block_size, scale,
     )  # fmt: skip
     return out
 

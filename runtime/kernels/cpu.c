@@ -221,7 +221,7 @@ INLINE vf weights_at(const void *w, int type, long i) {
             }                                                                                                      \
             for (int c = 0; c < C; c++) {                                                                          \
                 float total = sum(acc[c]);                                                                         \
-                for (long j = i; j < to; j++) total += weight_at(w, type, j) * x[c * k + j];                       \
+                for (long j = i; j < to; j++) total = fmaf(weight_at(w, type, j), x[c * k + j], total);                       \
                 out[c * ldy] = total + (from ? out[c * ldy] : bias);                                               \
             }                                                                                                      \
         }                                                                                                          \
@@ -252,7 +252,7 @@ STREAM(8)
         for (int c = 0; c < C; c++) {                                                                              \
             v4 total = sum4(acc[0][c], acc[1][c], acc[2][c], acc[3][c]);                                           \
             for (long j = i; j < k; j++)                                                                           \
-                for (int r = 0; r < 4; r++) total[r] += w[r * K_BLOCK + j] * x[c * ldx + j];                       \
+                for (int r = 0; r < 4; r++) total[r] = fmaf(w[r * K_BLOCK + j], x[c * ldx + j], total[r]);                       \
             v4 *at = (v4 *)(out + c * ldy);                                                                        \
             *at = total + (add ? *at : bias);                                                                      \
         }                                                                                                          \

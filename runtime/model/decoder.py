@@ -58,5 +58,7 @@ class Decoder:
         if batch.logits_rows.shape[0] < residual.shape[0]:
             # Past the last layer's attention, only the rows whose next token is wanted matter.
             x, residual = x[batch.logits_rows], residual[batch.logits_rows]
+        if not residual.shape[0]:
+            return residual.new_empty((0, self.config.vocab_size), dtype=torch.float32)
         x = layer.transform(x, residual)
         return linear(self.norm(x, residual), self.head).float()

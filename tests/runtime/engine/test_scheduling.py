@@ -1,0 +1,227 @@
+"""Continuous batching under random traffic, with a model whose next token depends on every cached token.
+
+The stand-in for the model keeps token ids where a real one keeps keys and values, and reads a
+sequence's whole history back through its block table. A block that is lost, shared wrongly or written
+by another sequence therefore changes tokens, and every request is compared with what it gets alone.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence as Rows
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime.engine.blocks import BlockManager
+from runtime.engine.core import Engine
+from runtime.engine.scheduler import Scheduled, Scheduler
+from runtime.protocol import SamplingParams, Submit
+
+VOCAB = 97
+STOP = 13
+
+
+def next_token(history: Rows[int]) -> int:
+    """What the stand-in model says after these tokens."""
+    state = 7
+    for token in history:
+        state = (state * 31 + token + 1) % 1_000_003
+    return state % VOCAB
+
+
+def alone(prompt: list[int], max_tokens: int) -> list[int]:
+    """The greedy answer of the stand-in, computed without any engine."""
+    tokens = list(prompt)
+    while len(tokens) - len(prompt) < max_tokens:
+        token = next_token(tokens)
+        if token == STOP:
+            break
+        tokens.append(token)
+    return tokens[len(prompt) :]
+
+
+class HistoryModel:
+    """Takes the place of the runner: a cache of token ids in blocks."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.decoder = SimpleNamespace(config=SimpleNamespace(vocab_size=VOCAB))
+        self.block_size = block_size
+        self.memory = np.full((num_blocks, block_size), -1)
+        self.batches: list[int] = []
+
+    def execute(self, scheduled: Rows[Scheduled]) -> torch.Tensor:
+        rows = []
+        self.batches.append(sum(item.num_new for item in scheduled))
+        for item in scheduled:
+            sequence, end = item.sequence, item.sequence.num_computed + item.num_new
+            for position in range(sequence.num_computed, end):
+                block = sequence.table.block_ids[position // self.block_size]
+                self.memory[block, position % self.block_size] = sequence.token_ids[position]
+        for item in scheduled:
+            if item.samples:
+                blocks = item.sequence.table.block_ids
+                history = self.memory[blocks].reshape(-1)[: item.sequence.num_tokens]
+                row = torch.zeros(VOCAB)
+                row[next_token(history.tolist())] = 1.0
+                rows.append(row)
+        return torch.stack(rows) if rows else torch.empty(0, VOCAB)
+
+
+def make_engine(
+    num_blocks: int = 64,
+    block_size: int = 4,
+    max_num_seqs: int = 8,
+    budget: int = 16,
+    chunked: bool = True,
+    prefix_caching: bool = True,
+    max_model_len: int = 64,
+) -> Engine:
+    model = HistoryModel(num_blocks, block_size)
+    blocks = BlockManager(num_blocks, block_size, prefix_caching)
+    scheduler = Scheduler(blocks, max_num_seqs, budget, chunked)
+    return Engine(model, scheduler, max_model_len, seed=0)  # type: ignore[arg-type]  # a stand-in runner
+
+
+def request(name: str, prompt: list[int], max_tokens: int, salt: str = "") -> Submit:
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, stop_token_ids=(STOP,))
+    return Submit(request_id=name, prompt_token_ids=prompt, sampling=sampling, cache_salt=salt)
+
+
+def collect(engine: Engine, outputs: dict[str, list[int]], ended: dict[str, str]) -> None:
+    for delta in engine.step().deltas:
+        assert delta.request_id not in ended, "nothing comes after the end"
+        outputs.setdefault(delta.request_id, []).extend(delta.token_ids)
+        if delta.finish_reason is not None:
+            ended[delta.request_id] = delta.finish_reason
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    block_size=st.sampled_from([1, 2, 4, 16]),
+    pool=st.integers(0, 40),
+    max_num_seqs=st.integers(1, 12),
+    budget=st.integers(1, 40),
+    prefix_caching=st.booleans(),
+    chunked=st.booleans(),
+)
+def test_everyone_ends_with_the_tokens_they_would_get_alone(
+    seed: int, block_size: int, pool: int, max_num_seqs: int, budget: int, prefix_caching: bool, chunked: bool
+) -> None:
+    rnd = random.Random(seed)
+    max_model_len = 48
+    # At least room for one sequence at its longest; often not for two.
+    num_blocks = -(-max_model_len // block_size) + pool // block_size
+    budget = budget if chunked else max(budget, max_model_len)
+    engine = make_engine(num_blocks, block_size, max_num_seqs, budget, chunked, prefix_caching, max_model_len)
+    preambles = [[rnd.randrange(VOCAB) for _ in range(20)] for _ in range(2)]
+    expected: dict[str, list[int]] = {}
+    outputs: dict[str, list[int]] = {}
+    ended: dict[str, str] = {}
+    aborted: set[str] = set()
+    for number in range(50):
+        prompt = rnd.choice(preambles)[: rnd.randrange(21)] + [
+            rnd.randrange(VOCAB) for _ in range(rnd.randint(1, 20))
+        ]
+        max_tokens = rnd.randint(1, max_model_len - len(prompt))
+        name = f"r{number}"
+        expected[name] = alone(prompt, max_tokens)
+        engine.submit(request(name, prompt, max_tokens, salt=rnd.choice(["", "tenant"])))
+        for _ in range(rnd.choice([0, 0, 1, 3, 10])):
+            if engine.has_work:
+                collect(engine, outputs, ended)
+        if rnd.random() < 0.15:
+            victim = f"r{rnd.randrange(number + 1)}"
+            if victim not in ended:
+                aborted.add(victim)
+                ended[victim] = "abort"
+                engine.abort([victim])
+        assert len(engine.scheduler.running) <= max_num_seqs
+    steps = 0
+    while engine.has_work:
+        collect(engine, outputs, ended)
+        steps += 1
+        assert steps < 50_000, "somebody starves"
+    for name, tokens in expected.items():
+        if name in aborted:
+            assert outputs.get(name, []) == tokens[: len(outputs.get(name, []))]
+        else:
+            assert outputs.get(name, []) == tokens
+            assert ended[name] in ("stop", "length")
+    assert engine.scheduler.blocks.num_free == num_blocks, "every block has come back"
+    assert max(engine.runner.batches) <= budget  # type: ignore[attr-defined]  # a stand-in runner
+
+
+def test_a_shared_prefix_is_computed_once() -> None:
+    engine = make_engine(num_blocks=64, budget=64)
+    preamble = list(range(20))
+    outputs: dict[str, list[int]] = {}
+    for name in ("first", "second"):
+        engine.submit(request(name, [*preamble, 50, 51], 3))
+        while engine.has_work:
+            for delta in engine.step().deltas:
+                outputs.setdefault(name, []).extend(delta.token_ids)
+                if name == "second" and delta.num_cached_tokens:
+                    assert delta.num_cached_tokens == 20
+    assert outputs["first"] == outputs["second"] == alone([*preamble, 50, 51], 3)
+    assert engine.stats.cached_tokens_total == 20
+
+
+def test_tenants_do_not_share_blocks() -> None:
+    engine = make_engine(num_blocks=64, budget=64)
+    for salt in ("one", "two"):
+        engine.submit(request(salt, list(range(30)), 1, salt=salt))
+        while engine.has_work:
+            engine.step()
+    assert engine.stats.cached_tokens_total == 0
+
+
+def test_a_running_answer_goes_on_while_a_long_prompt_comes_in() -> None:
+    engine = make_engine(num_blocks=64, budget=8)
+    engine.submit(request("talker", [1], 20))
+    engine.step()
+    engine.submit(request("reader", list(range(40)), 1))
+    talker = alone([1], 20)
+    for position in range(1, 5):
+        (delta,) = engine.step().deltas
+        assert (delta.request_id, delta.token_ids) == ("talker", [talker[position]])
+
+
+def test_blocks_run_out_and_the_oldest_goes_on() -> None:
+    engine = make_engine(num_blocks=13, block_size=4, budget=64, max_model_len=52)
+    prompts = {f"r{n}": [n] * 16 for n in range(3)}
+    outputs: dict[str, list[int]] = {}
+    ended: dict[str, str] = {}
+    for name, prompt in prompts.items():
+        engine.submit(request(name, prompt, 30))
+    while engine.has_work:
+        collect(engine, outputs, ended)
+    assert engine.stats.preemptions_total > 0
+    assert outputs == {name: alone(prompt, 30) for name, prompt in prompts.items()}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "complaint"),
+    [([], "empty"), ([1] * 64, "at most 64"), ([VOCAB], "out of range"), ([-1], "out of range")],
+)
+def test_a_bad_request_costs_nobody_else_anything(prompt: list[int], complaint: str) -> None:
+    engine = make_engine()
+    engine.submit(request("good", [1, 2, 3], 4))
+    engine.submit(request("bad", prompt, 4))
+    errors: list[str] = []
+    tokens: list[int] = []
+    while engine.has_work:
+        for delta in engine.step().deltas:
+            if delta.request_id == "bad":
+                assert delta.finish_reason == "error"
+                errors.append(delta.error or "")
+            else:
+                tokens += delta.token_ids
+    assert tokens == alone([1, 2, 3], 4)
+    assert len(errors) == 1
+    assert complaint in errors[0]
