@@ -76,7 +76,8 @@ async def _lifespan(app: Starlette) -> AsyncIterator[None]:
     finally:
         for task in beside:
             task.cancel()
-        await client.close(service.settings.drain_seconds)
+        # While it loads, the engine has nothing to finish, and would not even hear the request.
+        await client.close(service.settings.drain_seconds if lifecycle.is_ready(client) else 0)
         await asyncio.gather(engine, *beside, return_exceptions=True)
 
 

@@ -131,6 +131,17 @@ ENGINE_FLAGS = (
     ),
 )
 
+DEFAULT_HOST = "127.0.0.1"
+DEFAULT_PORT = 8000
+HOST = Flag(
+    "host",
+    str,
+    f"address to listen on (default: {DEFAULT_HOST}, this machine only; 0.0.0.0 for all).",
+    env=("HOST",),
+)
+PORT = Flag(
+    "port", values.port, f"port to listen on; 0 takes a free one (default: {DEFAULT_PORT}).", env=("PORT",)
+)
 SERVER_FLAGS = (
     Flag(
         "served-model-name",
@@ -139,13 +150,8 @@ SERVER_FLAGS = (
         "NAME",
         many=True,
     ),
-    Flag(
-        "host",
-        str,
-        "address to listen on (default: 127.0.0.1, this machine only; 0.0.0.0 for all).",
-        env=("HOST",),
-    ),
-    Flag("port", values.port, "port to listen on; 0 takes a free one (default: 8000).", env=("PORT",)),
+    HOST,
+    PORT,
     Flag(
         "api-key",
         str,

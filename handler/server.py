@@ -40,11 +40,11 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:
-            self.force_exit = True
-            return
-        self.should_exit = True
-        if self.server_state.tasks:
+            for task in self.server_state.tasks:
+                task.cancel()
+        elif self.server_state.tasks:
             print("firstlight: finishing what is running; a second signal ends it now", file=sys.stderr)
+        self.should_exit = True
 
 
 async def _run(server: _Server, client: EngineClient, sock: socket.socket) -> int:

@@ -27,8 +27,6 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     served_model_names: tuple[str, ...]
     chat_template: str | None = None
     api_keys: tuple[str, ...] = ()
-    host: str = "127.0.0.1"
-    port: int = 8000
     max_queue: int = DEFAULT_MAX_QUEUE
     max_request_bytes: int = DEFAULT_MAX_REQUEST_BYTES
     drain_seconds: float = 30.0
@@ -47,9 +45,7 @@ def read_settings(given: Mapping[str, Any], environ: Mapping[str, str] = os.envi
     engine = _engine_config(values, spec)
     default_names = dict.fromkeys(filter(None, (values.get("model"), spec.id)))
     chosen = {
-        name: values[name]
-        for name in ("host", "port", "max_queue", "max_request_bytes", "drain_seconds")
-        if name in values
+        name: values[name] for name in ("max_queue", "max_request_bytes", "drain_seconds") if name in values
     }
     return ServerSettings(
         engine=engine,

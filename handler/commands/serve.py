@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
-from handler.flags import ENGINE_FLAGS, MODEL_FLAGS, SERVER_FLAGS, add_flags, add_model, with_model
+from handler.flags import (
+    DEFAULT_HOST,
+    DEFAULT_PORT,
+    ENGINE_FLAGS,
+    HOST,
+    MODEL_FLAGS,
+    PORT,
+    SERVER_FLAGS,
+    add_flags,
+    add_model,
+    collect,
+    with_model,
+)
 from handler.listen import listen, url_of
-from handler.settings import read_settings
 from runtime import marks
-from runtime.client import EngineClient
 
 DESCRIPTION = """\
 Serve one model over HTTP, in OpenAI's format: /v1/chat/completions, /v1/completions, /v1/models.
@@ -42,16 +54,27 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(given: dict[str, Any]) -> int:
     """Serve until a signal ends it. The exit status is 1 if the engine cannot start."""
-    settings = read_settings(with_model(given))
-    sock = listen(settings.host, settings.port)
-    client = EngineClient(settings.engine)
-    client.spawn()
-    client.marks["listen"] = marks.since_exec()
-    print(
-        f"firstlight: serving {settings.served_model_names[0]} on {url_of(sock)}", file=sys.stderr, flush=True
-    )
+    values = with_model(given)
+    with listen(*address(values)) as sock:
+        listening = marks.since_exec()
 
-    # Imported only now: the engine is already on its way and clients can connect meanwhile.
-    from handler.server import serve
+        # Clients can connect from here on. Next comes the engine, which takes longest, then what serves.
+        from handler.settings import read_settings
+        from runtime.client import EngineClient
 
-    return serve(client, settings, sock)
+        settings = read_settings(values)
+        client = EngineClient(settings.engine)
+        client.spawn()
+        client.marks["listen"] = listening
+        name = settings.served_model_names[0]
+        print(f"firstlight: serving {name} on {url_of(sock)}", file=sys.stderr, flush=True)
+
+        from handler.server import serve
+
+        return serve(client, settings, sock)
+
+
+def address(given: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> tuple[str, int]:
+    """Host and port to listen on: from the flags, else the environment, else the default."""
+    values = collect(given, (HOST, PORT), environ)
+    return values.get("host", DEFAULT_HOST), values.get("port", DEFAULT_PORT)

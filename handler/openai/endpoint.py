@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from handler import lifecycle
 from handler.asgi import ClientGone, send_bytes, send_error, unless_gone
 from handler.limits import Ticket, decode_json, read_body
-from handler.openai.errors import as_api_error
+from handler.openai.errors import ApiError, as_api_error
 from handler.openai.generation import run
 from handler.openai.sse import EventStream
 from handler.sequence import Sequence, TextDelta
@@ -25,6 +25,7 @@ from runtime.errors import FirstlightError
 # loads, the client is told within a second that somebody is there.
 _PATIENCE_LOADING_SECONDS = 1.0
 _PATIENCE_WARM_SECONDS = 10.0
+_STOPPING = ApiError(503, "The server is shutting down.", code="shutting_down", retry_after=5)
 
 
 class Answer(Protocol):
@@ -69,24 +70,30 @@ class Endpoint:
         started = time.perf_counter()
         service = self.service
         outcome = "200"
+        events = EventStream(send)
         try:
             body = await decode_json(await read_body(scope, receive, service.settings.max_request_bytes))
             answer = self.kind.parse(body)
             with service.admission.admit(answer.num_sequences) as ticket:
-                await unless_gone(receive, self._respond(answer, ticket, send, started))
+                await unless_gone(receive, self._respond(answer, ticket, events, send, started))
             service.metrics.latency.observe(time.perf_counter() - started)
         except ClientGone:
             outcome = "499"
             service.metrics.disconnects += 1
-        except Exception as error:
-            answer_error = as_api_error(error)
+        except (Exception, asyncio.CancelledError) as error:
+            # Cancelled from outside: the time for finishing is over, and whoever still waits is told so.
+            failure = _STOPPING if isinstance(error, asyncio.CancelledError) else as_api_error(error)
             _log_unexpected(error)
-            outcome = str(answer_error.status)
-            await send_error(send, answer_error)
+            outcome = str(failure.status)
+            if events.begun:
+                await events.fail(failure)
+            else:
+                await send_error(send, failure)
         service.metrics.responses[self.kind.route, outcome] += 1
 
-    async def _respond(self, answer: Answer, ticket: Ticket, send: Send, started: float) -> None:
-        events = EventStream(send)
+    async def _respond(
+        self, answer: Answer, ticket: Ticket, events: EventStream, send: Send, started: float
+    ) -> None:
         reassuring = asyncio.create_task(self._reassure(events)) if answer.stream else None
         try:
             await self._generate(answer, ticket, events, started, reassuring)
@@ -94,11 +101,6 @@ class Endpoint:
                 await events.end(answer.last())
             else:
                 await send_bytes(send, 200, answer.whole())
-        except Exception as error:
-            if not events.begun:
-                raise
-            _log_unexpected(error)
-            await events.fail(as_api_error(error))
         finally:
             if reassuring is not None:
                 reassuring.cancel()
@@ -148,6 +150,6 @@ class Endpoint:
                 await events.comment(lifecycle.describe(self.service.client))
 
 
-def _log_unexpected(error: Exception) -> None:
-    if not isinstance(error, FirstlightError):
+def _log_unexpected(error: BaseException) -> None:
+    if not isinstance(error, FirstlightError | asyncio.CancelledError):
         traceback.print_exception(error, file=sys.stderr)

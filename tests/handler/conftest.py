@@ -66,6 +66,7 @@ class Server:
     settings: ServerSettings
     port: int = 0
     headers: dict[str, str] = field(default_factory=dict)
+    stop: Callable[[], None] = lambda: None
 
     @property
     def url(self) -> str:
@@ -132,7 +133,7 @@ def start(
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[sock])))
     thread.start()
     running.append((server, thread))
-    return Server(engine, chosen, port)
+    return Server(engine, chosen, port, stop=lambda: setattr(server, "should_exit", True))
 
 
 @contextmanager

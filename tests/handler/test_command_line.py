@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,11 +35,20 @@ def catalogue(tmp_path: Path) -> str:
     return str(path)
 
 
-def settle(line: str, environ: dict[str, str] | None = None) -> ServerSettings:
-    """What `firstlight serve LINE` would serve."""
+def parsed(line: str) -> dict[str, Any]:
     parser = argparse.ArgumentParser()
     serve.configure(parser)
-    return read_settings(with_model(vars(parser.parse_args(shlex.split(line)))), environ or {})
+    return with_model(vars(parser.parse_args(shlex.split(line))))
+
+
+def settle(line: str, environ: dict[str, str] | None = None) -> ServerSettings:
+    """What `firstlight serve LINE` would serve."""
+    return read_settings(parsed(line), environ or {})
+
+
+def listens_on(line: str, environ: dict[str, str]) -> tuple[str, int]:
+    """Where it would listen."""
+    return serve.address(parsed(line), environ)
 
 
 class TestOrder:
@@ -65,16 +75,12 @@ class TestOrder:
         assert settle("", environ).engine.model.id == "small"
         assert settle("--model large", environ).engine.model.id == "large"
 
-    def test_port_and_host_as_platforms_set_them(self, catalogue: str) -> None:
-        environ = {"PORT": "8080", "HOST": "0.0.0.0", "FIRSTLIGHT_CATALOGUE": catalogue}
-        settings = settle("", environ)
-        assert (settings.host, settings.port) == ("0.0.0.0", 8080)
-        assert settle("", environ | {"FIRSTLIGHT_PORT": "9"}).port == 9
-        assert settle("--port 0", environ).port == 0
-        assert (settle(f"--catalogue {catalogue}").host, settle(f"--catalogue {catalogue}").port) == (
-            "127.0.0.1",
-            8000,
-        )
+    def test_port_and_host_as_platforms_set_them(self) -> None:
+        environ = {"PORT": "8080", "HOST": "0.0.0.0"}
+        assert listens_on("", environ) == ("0.0.0.0", 8080)
+        assert listens_on("", environ | {"FIRSTLIGHT_PORT": "9"}) == ("0.0.0.0", 9)
+        assert listens_on("--port 0 --host ::1", environ) == ("::1", 0)
+        assert listens_on("", {}) == ("127.0.0.1", 8000)
 
     def test_every_flag_has_its_variable(self, catalogue: str) -> None:
         environ = {
@@ -94,7 +100,9 @@ class TestOrder:
 
     def test_a_variable_that_makes_no_sense_is_named(self, catalogue: str) -> None:
         with pytest.raises(FirstlightError, match=r"FIRSTLIGHT_PORT.*70000"):
-            settle("", {"FIRSTLIGHT_PORT": "70000", "FIRSTLIGHT_CATALOGUE": catalogue})
+            listens_on("", {"FIRSTLIGHT_PORT": "70000"})
+        with pytest.raises(FirstlightError, match=r"FIRSTLIGHT_BLOCK_SIZE.*many"):
+            settle("", {"FIRSTLIGHT_BLOCK_SIZE": "many", "FIRSTLIGHT_CATALOGUE": catalogue})
 
 
 class TestFlagsOfVllm:
@@ -175,8 +183,13 @@ class TestMistakes:
         ],
     )
     def test_each_is_told_in_its_own_words(
-        self, capsys: pytest.CaptureFixture[str], argv: list[str], said: str
+        self,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+        argv: list[str],
+        said: str,
     ) -> None:
+        monkeypatch.setenv("FIRSTLIGHT_PORT", "0")  # whoever listens on the usual one is not disturbed
         assert said in self.fails(capsys, *argv)
 
     def test_a_port_that_is_taken(self, capsys: pytest.CaptureFixture[str], tiny_model: Path) -> None:
@@ -242,8 +255,9 @@ class TestImports:
     HEAVY = {"torch", "transformers", "triton", "tokenizers", "jinja2", "boto3", "huggingface_hub", "numpy"}
 
     def test_before_the_socket_listens_nothing_heavy_is_imported(self) -> None:
-        loaded = modules_after("import handler.commands.serve, handler.settings")
+        loaded = modules_after("import handler.cli, handler.commands.serve")
         assert loaded.isdisjoint(self.HEAVY | {"starlette", "uvicorn", "pydantic", "prometheus_client"})
+        assert loaded.isdisjoint({"asyncio", "msgspec", "yaml", "http.client"})
 
     def test_the_whole_server_needs_no_torch(self) -> None:
         loaded = modules_after("import handler.server, handler.platforms.function_url")

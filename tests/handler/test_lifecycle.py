@@ -110,11 +110,47 @@ class TestLeaving:
         connection.close()
         assert server.engine.abort_seen.wait(10)
 
-    def test_shutting_down_closes_the_engine(self, tiny_model: Any) -> None:
+
+class TestShuttingDown:
+    """The servers of these tests give running answers one second to finish."""
+
+    def test_the_engine_is_closed(self, tiny_model: Any) -> None:
         with starter(tiny_model) as make:
             server = make()
             assert server.chat().status == 200
         assert server.engine.closed.is_set()
+
+    def test_a_stream_that_takes_too_long_is_told(self, make_server: Callable[..., Server]) -> None:
+        server = make_server(prepare=never_ending)
+        with server.open_stream() as sock, sock.makefile("rb") as lines:
+            assert any(b'"content":"' in line for line in lines)
+            server.stop()
+            rest = lines.read().decode().replace("\r\n", "\n")
+        *_, error, done, _ = [line for line in rest.split("\n") if line.startswith(("data:", "0"))]
+        assert json.loads(error.removeprefix("data: "))["error"]["code"] == "shutting_down"
+        assert done == "data: [DONE]"
+
+    def test_so_is_who_waits_for_a_whole_answer(self, make_server: Callable[..., Server]) -> None:
+        server = make_server(prepare=never_ending)
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+        connection.request("POST", "/v1/completions", b'{"prompt": "x", "max_tokens": 50}')
+        assert server.engine.submit_seen.wait(10)
+        server.stop()
+        response = connection.getresponse()
+        assert (response.status, json.loads(response.read())["error"]["code"]) == (503, "shutting_down")
+        assert int(response.headers["retry-after"]) >= 1
+        connection.close()
+
+    def test_what_is_almost_done_is_finished(self, make_server: Callable[..., Server]) -> None:
+        server = make_server(prepare=lambda engine: engine.set_loading())
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+        connection.request("POST", "/v1/completions", b'{"prompt": "x", "max_tokens": 5}')
+        assert server.engine.submit_seen.wait(10)
+        server.stop()
+        server.engine.become_ready()
+        response = connection.getresponse()
+        assert json.loads(response.read())["choices"][0]["text"] == "Hello"
+        connection.close()
 
 
 class TestMetrics:
