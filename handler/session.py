@@ -72,7 +72,7 @@ class Session:
     ) -> None:
         from handler.openai.chat import ChatCompletions
         from handler.openai.completions import Completions
-        from handler.openai.generation import run
+        from runtime.text.generation import run
 
         progress = asyncio.create_task(self._show_progress())
         self.spent = None

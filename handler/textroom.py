@@ -1,42 +1,28 @@
-"""The served model's text side: tokenizer, chat template, limits and sampling defaults.
+"""The served model's text side, loaded once, as soon as the model's small files are there.
 
-All of it comes from the model's small files, which are there long before its weights; so prompts are
-tokenized, and requests are on their way to the engine, while the engine is still loading.
+That is long before its weights are, so prompts are tokenized, and requests are on their way to the
+engine, while the engine is still loading.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from runtime.client import EngineClient
 from runtime.errors import FirstlightError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from handler.settings import ServerSettings
-    from runtime.text.template import ChatTemplate
-    from runtime.text.tokenizer import Tokenizer
+    from runtime.text.model_text import ModelText, TextFiles
 
 # Up to here, work on text is quicker than handing it to a thread.
 _INLINE_CHARACTERS = 2000
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class ModelText:
-    """What is known about the model from its small files. Lengths are in tokens."""
-
-    tokenizer: Tokenizer
-    template: ChatTemplate | None
-    defaults: dict[str, Any]
-    eos_token_ids: tuple[int, ...]
-    max_model_len: int
-    vocab_size: int
 
 
 class TextRoom:
@@ -71,42 +57,21 @@ class TextRoom:
 
     async def _load(self) -> ModelText:
         directory = await self._client.wait_directory()
-        tokenizer, template = await asyncio.to_thread(self._read, directory)
-        config = _read_json(directory / "config.json")
-        generation = _read_json(directory / "generation_config.json")
-        max_model_len, vocab_size = self.max_model_len, config.get("vocab_size")
-        if self._client.info is not None or max_model_len is None or not isinstance(vocab_size, int):
+        files = await asyncio.to_thread(self._read, directory)
+        max_model_len, vocab_size = self.max_model_len, files.vocab_size
+        if self._client.info is not None or max_model_len is None or vocab_size is None:
             # Only the engine knows for sure what families spell in their own ways.
             info = await self._client.wait_ready()
             max_model_len, vocab_size = info.max_model_len, info.vocab_size
-        return ModelText(
-            tokenizer=tokenizer,
-            template=template,
-            defaults={**generation, **self._settings.engine.model.generation},
-            eos_token_ids=tuple(sorted(tokenizer.eos_token_ids)),
-            max_model_len=max_model_len,
-            vocab_size=vocab_size,
-        )
+        return files.with_limits(max_model_len, vocab_size, self._settings.engine.model.generation)
 
-    def _read(self, directory: Path) -> tuple[Tokenizer, ChatTemplate | None]:
-        from runtime.text.template import ChatTemplate
-        from runtime.text.tokenizer import Tokenizer
+    def _read(self, directory: Path) -> TextFiles:
+        # Imported here, in a thread: the tokenizers' library takes longer to load than the server to answer.
+        from runtime.text.model_text import TextFiles
 
-        tokenizer = Tokenizer.load(directory)
-        own = self._settings.chat_template
-        if own is not None:
-            return tokenizer, ChatTemplate(own, special_tokens=tokenizer.special_tokens)
-        return tokenizer, ChatTemplate.of(tokenizer)
+        return TextFiles.read(directory, self._settings.chat_template)
 
 
 async def off_loop(size: int, work: Callable[[], T]) -> T:
     """The result of `work` on `size` characters, done in a thread when it would hold up the event loop."""
     return await asyncio.to_thread(work) if size > _INLINE_CHARACTERS else work()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    return value if isinstance(value, dict) else {}

@@ -10,8 +10,8 @@ import msgspec
 
 from handler.openai.errors import ApiError
 from handler.openai.schema import Sampling
-from handler.sequence import Sequence
 from handler.service import Service
+from runtime.text.sequence import Sequence
 
 encode = msgspec.json.encode
 

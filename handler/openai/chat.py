@@ -10,12 +10,12 @@ from handler.openai import logprobs
 from handler.openai.answer import BaseAnswer, encode
 from handler.openai.errors import ApiError
 from handler.openai.prompts import encode_messages
-from handler.openai.sampling import answer_room, sampling_params
 from handler.openai.schema import ChatRequest, parse
-from handler.sequence import Sequence, TextDelta
 from handler.service import Service
-from handler.textroom import ModelText
 from runtime.protocol import Submit, TokenLogprobs
+from runtime.text.model_text import ModelText
+from runtime.text.sampling import answer_room, sampling_params
+from runtime.text.sequence import Sequence, TextDelta
 
 
 class ChatCompletions:
@@ -60,12 +60,10 @@ class ChatAnswer(BaseAnswer):
         room = answer_room(len(prompt), asked, text.max_model_len, param)
         sampling = sampling_params(
             request,
-            text.defaults,
+            text,
             max_tokens=room if asked else min(room, text.defaults.get("max_tokens", room)),
             logprobs=(request.top_logprobs or 0) if request.logprobs else None,
             prompt_logprobs=request.prompt_logprobs,
-            eos_token_ids=text.eos_token_ids,
-            vocab_size=text.vocab_size,
         )
         for place in range(request.n):
             seed = None if sampling.seed is None else (sampling.seed + place) % (1 << 63)
@@ -75,7 +73,7 @@ class ChatAnswer(BaseAnswer):
                 sampling=msgspec.structs.replace(sampling, seed=seed),
                 cache_salt=request.cache_salt,
             )
-            self.sequences.append(Sequence(text, submit, request, place, counts_prompt=place == 0))
+            self.sequences.append(Sequence(text.tokenizer, submit, request, place, counts_prompt=place == 0))
         return self.sequences
 
     def chunk(self, batch: list[TextDelta]) -> bytes:

@@ -11,12 +11,12 @@ from handler.openai.answer import BaseAnswer, encode
 from handler.openai.errors import ApiError
 from handler.openai.logprobs import CompletionLogprobs, extend
 from handler.openai.prompts import encode_prompts
-from handler.openai.sampling import answer_room, sampling_params
 from handler.openai.schema import CompletionRequest, parse
-from handler.sequence import Sequence, TextDelta
 from handler.service import Service
-from handler.textroom import ModelText
 from runtime.protocol import Submit
+from runtime.text.model_text import ModelText
+from runtime.text.sampling import answer_room, sampling_params
+from runtime.text.sequence import Sequence, TextDelta
 
 DEFAULT_MAX_TOKENS = 16
 MAX_SEQUENCES = 1024
@@ -78,12 +78,10 @@ class CompletionAnswer(BaseAnswer):
             room = answer_room(len(prompt), max(1, wanted), text.max_model_len, "max_tokens")
             sampling = sampling_params(
                 request,
-                text.defaults,
+                text,
                 max_tokens=room,
                 logprobs=request.logprobs,
                 prompt_logprobs=asked if scored is None else max(scored, asked or 0),
-                eos_token_ids=text.eos_token_ids,
-                vocab_size=text.vocab_size,
             )
             for turn in range(request.n):
                 place = number * request.n + turn
@@ -94,7 +92,9 @@ class CompletionAnswer(BaseAnswer):
                     sampling=msgspec.structs.replace(sampling, seed=seed),
                     cache_salt=request.cache_salt,
                 )
-                self.sequences.append(Sequence(text, submit, request, place, counts_prompt=turn == 0))
+                self.sequences.append(
+                    Sequence(text.tokenizer, submit, request, place, counts_prompt=turn == 0)
+                )
                 self._choices.append(_Choice(request, text, self._prompts[number], self.sequences[-1]))
         return self.sequences
 

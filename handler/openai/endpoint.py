@@ -15,11 +15,11 @@ from handler import lifecycle
 from handler.asgi import ClientGone, send_bytes, send_error, unless_gone
 from handler.limits import Ticket, decode_json, read_body
 from handler.openai.errors import ApiError, as_api_error
-from handler.openai.generation import run
 from handler.openai.sse import EventStream
-from handler.sequence import Sequence, TextDelta
 from handler.service import Service
 from runtime.errors import FirstlightError
+from runtime.text.generation import run
+from runtime.text.sequence import Sequence, TextDelta
 
 # A warm engine starts most answers at once, so a failure should still be able to set the status; while it
 # loads, the client is told within a second that somebody is there.

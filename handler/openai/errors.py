@@ -10,6 +10,7 @@ import msgspec
 
 from runtime.client import EngineUnavailable
 from runtime.errors import FirstlightError, RequestError
+from runtime.text.sampling import ContextLengthError
 
 _TYPES = {
     401: "authentication_error",
@@ -58,7 +59,9 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, EngineUnavailable):
         return ApiError(503, str(error), code="engine_unavailable", retry_after=error.retry_after)
     if isinstance(error, RequestError):
-        return ApiError(400, str(error), param=error.param, code="invalid_value")
+        too_long = isinstance(error, ContextLengthError)
+        code = "context_length_exceeded" if too_long else "invalid_value"
+        return ApiError(400, str(error), param=error.param, code=code)
     if isinstance(error, FirstlightError):
         return ApiError(500, str(error), code="internal_error")
     return ApiError(500, "The server failed on this request; its log says more.", code="internal_error")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from handler.openai.errors import ApiError
-from handler.openai.sampling import check_ids
 from handler.openai.schema import Message
-from handler.textroom import ModelText, off_loop
-from runtime.errors import RequestError
+from handler.textroom import off_loop
 from runtime.text.chat import encode_chat
-from runtime.text.template import ChatTemplate
+from runtime.text.model_text import ModelText
+from runtime.text.sampling import check_ids
 
 
 async def encode_messages(
@@ -27,8 +26,6 @@ async def encode_messages(
     if template is None:
         message = "This model has no chat template: use /v1/completions, or serve it with --chat-template."
         raise ApiError(400, message, param="messages", code="no_chat_template")
-    if continue_final_message:
-        template = _Continuing(template)
     turns = [_as_turn(message) for message in messages]
 
     def work() -> list[int]:
@@ -36,7 +33,8 @@ async def encode_messages(
             text.tokenizer,
             template,
             turns,
-            add_generation_prompt=add_generation_prompt and not continue_final_message,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
         )
         return [*text.tokenizer.encode(""), *ids] if add_special_tokens else ids
 
@@ -79,30 +77,3 @@ def _not_empty(ids: list[int], param: str) -> list[int]:
     if not ids:
         raise ApiError(400, "The prompt is empty.", param=param, code="invalid_value")
     return ids
-
-
-class _Continuing(ChatTemplate):
-    """A template whose text ends right after the last message, so that the model goes on with it."""
-
-    def __init__(self, template: ChatTemplate) -> None:
-        self._template = template
-
-    def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        **variables: Any,
-    ) -> str:
-        text = self._template.render(messages, tools=tools, add_generation_prompt=False, **variables)
-        last: str = messages[-1]["content"]
-        begin = text.rfind(last.strip())
-        if begin < 0 or not last.strip():
-            raise RequestError(
-                "'continue_final_message' needs a last message that the chat template shows as it is",
-                "messages",
-            )
-        whole = last.lstrip()  # with the space at its end, if the template leaves that alone
-        kept = whole if text.startswith(whole, begin) else last.strip()
-        return text[: begin + len(kept)]

@@ -13,11 +13,11 @@ from handler.asgi import ClientGone, send_bytes, send_error
 from handler.limits import decode_json, read_body
 from handler.openai.errors import ApiError, as_api_error
 from handler.openai.prompts import encode_messages, encode_prompts
-from handler.openai.sampling import check_ids
 from handler.openai.schema import DetokenizeRequest, TokenizeRequest, parse
 from handler.service import Service
 from handler.textroom import off_loop
 from runtime.errors import FirstlightError
+from runtime.text.sampling import check_ids
 
 
 class _JsonEndpoint:

@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from runtime.errors import RequestError
 from runtime.text.template import ChatTemplate
 from runtime.text.tokenizer import Tokenizer
 
@@ -18,24 +19,43 @@ def encode_chat(
     *,
     tools: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
     **variables: Any,
 ) -> list[int]:
     """The prompt's token ids. Special tokens come from the template alone.
+
+    With `continue_final_message` the prompt ends right behind the last message's text, so that the
+    model goes on with it; no generation prompt is added then. `variables` are passed to the template.
 
     A special token that is spelled out in a message or a tool stays ordinary text there: nobody can
     close a turn by typing its end. All other text gets the ids of the rendered prompt as a whole.
     Raises RequestError where the template refuses the messages.
     """
     guard = _Guard(tokenizer)
+    hidden = guard.hide(messages)
     text = template.render(
-        guard.hide(messages),
+        hidden,
         tools=guard.hide(tools),
-        add_generation_prompt=add_generation_prompt,
+        add_generation_prompt=add_generation_prompt and not continue_final_message,
         **guard.hide(variables),
     )
+    if continue_final_message:
+        text = _cut_behind(text, hidden[-1].get("content"))
     if not guard.stand_ins and not tokenizer.normalizes_special:
         return tokenizer.encode(text, add_special_tokens=False)
     return tokenizer.encode_owned(guard.pieces(text))
+
+
+def _cut_behind(text: str, last: object) -> str:
+    """A rendered text up to the end of its last message's content."""
+    content = last.strip() if isinstance(last, str) else ""
+    begin = text.rfind(content)
+    if begin < 0 or not content or not isinstance(last, str):
+        raise RequestError(
+            "'continue_final_message' needs a last message that the chat template shows as it is", "messages"
+        )
+    whole = last.lstrip()  # with the space at its end, if the template leaves that alone
+    return text[: begin + len(whole if text.startswith(whole, begin) else content)]
 
 
 class _Guard:

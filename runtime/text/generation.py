@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack
+from typing import Protocol
 
-from handler.sequence import Sequence, TextDelta
-from runtime.client import EngineClient, TokenStream
-from runtime.protocol import TokenDelta
+from runtime.protocol import Submit, TokenDelta
+from runtime.text.sequence import Sequence, TextDelta
+
+
+class TokenStream(Protocol):
+    """The deltas of one submitted sequence, in order; see `runtime.client.TokenStream`."""
+
+    def __aiter__(self) -> AsyncIterator[TokenDelta]: ...
+    def take_waiting(self) -> list[TokenDelta]: ...
+    async def aclose(self) -> None: ...
+
+
+class Engine(Protocol):
+    """Whoever takes sequences; see `runtime.client.EngineClient`."""
+
+    def submit(self, request: Submit, /) -> TokenStream: ...
+
 
 _Arrivals = asyncio.Queue[tuple[int, TokenDelta | Exception]]
 
 
-async def run(client: EngineClient, sequences: list[Sequence]) -> AsyncGenerator[list[TextDelta]]:
+async def run(client: Engine, sequences: list[Sequence]) -> AsyncGenerator[list[TextDelta]]:
     """The text of all sequences as it comes; each item holds everything that has arrived, by sequence.
 
     Ends once every sequence has. Closing it, cancelling it or an error aborts what is still running.
     Raises `EngineUnavailable` if the engine dies, `GenerationError` if it gives a sequence up.
     """
     async with AsyncExitStack() as cleanup:
-        streams = []
+        streams: list[TokenStream] = []
         for sequence in sequences:
             stream = client.submit(sequence.submit)
             cleanup.push_async_callback(stream.aclose)

@@ -6,11 +6,11 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from handler.textroom import ModelText
 from runtime.errors import FirstlightError
 from runtime.protocol import Submit, TokenDelta, TokenLogprobs
 from runtime.text.detokenizer import Detokenizer
 from runtime.text.stops import StopStrings
+from runtime.text.tokenizer import Tokenizer
 
 
 class GenerationError(FirstlightError):
@@ -34,11 +34,13 @@ class TextOptions(Protocol):
 class TextDelta:
     """What has been added to the sequence at `place` of its answer.
 
+    `token_ids` holds every id that was made, also one whose text is still held back or is not shown.
     `stop_reason` is the stop string, or the request's own stop token id, that ended it.
     """
 
     place: int
     text: str = ""
+    token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: str | int | None = None
@@ -48,7 +50,13 @@ class Sequence:
     """One sequence on its way. `counts_prompt` is set on one of those that share a prompt."""
 
     def __init__(
-        self, text: ModelText, submit: Submit, options: TextOptions, place: int, *, counts_prompt: bool
+        self,
+        tokenizer: Tokenizer,
+        submit: Submit,
+        options: TextOptions,
+        place: int,
+        *,
+        counts_prompt: bool = True,
     ) -> None:
         self.submit = submit
         self.place = place
@@ -61,7 +69,7 @@ class Sequence:
         self._has_stops = bool(options.stops)
         self._stops = StopStrings(options.stops, include_stop=self._include_stop)
         self._detokenizer = Detokenizer(
-            text.tokenizer,
+            tokenizer,
             skip_special_tokens=options.skip_special_tokens,
             prompt_ids=submit.prompt_token_ids,
         )
@@ -86,6 +94,7 @@ class Sequence:
             self._take_until_stop(delta, out)
         else:
             out.text += self._detokenizer.push(delta.token_ids)
+            out.token_ids += delta.token_ids
             out.logprobs += delta.logprobs
             self.generated += len(delta.token_ids)
         if out.finish_reason is None and delta.finish_reason is not None:
@@ -95,6 +104,7 @@ class Sequence:
         # Token by token, so that what is counted ends with the token that completed the stop string.
         for position, token_id in enumerate(delta.token_ids):
             self.generated += 1
+            out.token_ids.append(token_id)
             out.logprobs += delta.logprobs[position : position + 1]
             text = self._detokenizer.push((token_id,))
             if self.generated <= self.submit.sampling.min_tokens:
@@ -115,6 +125,7 @@ class Sequence:
         rest = ""
         if stop is not None:
             self.generated += 1
+            out.token_ids.append(stop)
             if self._include_stop:
                 rest = self._detokenizer.push((stop,))
         rest += self._detokenizer.flush()
@@ -132,6 +143,7 @@ class Sequence:
         """All pieces that were put aside, in one."""
         whole = TextDelta(self.place, text="".join(delta.text for delta in self._kept))
         for delta in self._kept:
+            whole.token_ids += delta.token_ids
             whole.logprobs += delta.logprobs
         if self._kept:
             whole.finish_reason = self._kept[-1].finish_reason

@@ -1,0 +1,90 @@
+"""A model's text side: tokenizer, chat template, limits and sampling defaults.
+
+All of it comes from the model's small files, which are there long before its weights.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from runtime.text.template import ChatTemplate
+from runtime.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class ModelText:
+    """What turns requests into token ids and back. Lengths are in tokens.
+
+    `defaults` are the model's own sampling settings; `eos_token_ids` all ids that end a sequence.
+    """
+
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    defaults: dict[str, Any]
+    eos_token_ids: tuple[int, ...]
+    max_model_len: int
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """What the files in a model's folder say. `vocab_size` is None where config.json spells it otherwise."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    generation: dict[str, Any]
+    vocab_size: int | None
+
+    @classmethod
+    def read(cls, directory: Path, chat_template: str | None = None) -> Self:
+        """Read a model's folder; `chat_template` takes the place of the model's own.
+
+        Raises TokenizerError or ChatTemplateError, which say what is wrong with the files.
+        """
+        tokenizer = Tokenizer.load(directory)
+        if chat_template is None:
+            template = ChatTemplate.of(tokenizer)
+        else:
+            template = ChatTemplate(chat_template, special_tokens=tokenizer.special_tokens)
+        vocab_size = _read_json(directory / "config.json").get("vocab_size")
+        return cls(
+            tokenizer=tokenizer,
+            template=template,
+            generation=_numbers(_read_json(directory / "generation_config.json")),
+            vocab_size=vocab_size if isinstance(vocab_size, int) else None,
+        )
+
+    def with_limits(
+        self, max_model_len: int, vocab_size: int, generation: Mapping[str, Any] = {}
+    ) -> ModelText:
+        """The model's text side with the engine's limits; `generation` beats the files' sampling defaults."""
+        return ModelText(
+            tokenizer=self.tokenizer,
+            template=self.template,
+            defaults={**self.generation, **generation},
+            eos_token_ids=tuple(sorted(self.tokenizer.eos_token_ids)),
+            max_model_len=max_model_len,
+            vocab_size=vocab_size,
+        )
+
+
+def _numbers(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings that are finite numbers: nothing else can be a sampling default."""
+    return {
+        name: value
+        for name, value in values.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    }
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    return value if isinstance(value, dict) else {}
