@@ -7,16 +7,15 @@ import contextlib
 import sys
 import traceback
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from handler import lifecycle, metrics
+from handler import lifecycle, metrics, ui
 from handler.auth import BearerAuth
 from handler.limits import HeaderLimits
 from handler.openai.chat import ChatCompletions
@@ -29,8 +28,6 @@ from handler.request_id import RequestIds
 from handler.service import Service
 from handler.settings import ServerSettings
 from runtime.client import EngineClient
-
-PAGE = Path(__file__).parent / "ui" / "index.html"
 
 
 def create_app(client: EngineClient, settings: ServerSettings) -> Starlette:
@@ -52,7 +49,7 @@ def create_app(client: EngineClient, settings: ServerSettings) -> Starlette:
             Route("/health/startup", startup),
             Route("/status", status),
             Route("/metrics", show_metrics),
-            Route("/", page),
+            *ui.ROUTES,
         ],
         middleware=middleware,
         exception_handlers={HTTPException: _http_error, ApiError: _api_error, Exception: _unexpected},
@@ -114,13 +111,6 @@ async def show_metrics(request: Request) -> Response:
     service: Service = request.app.state.service
     text = service.metrics.exposition(service.client, service.admission.waiting)
     return Response(text, media_type=metrics.CONTENT_TYPE)
-
-
-async def page(request: Request) -> Response:
-    """GET /: the page to chat in the browser."""
-    if not PAGE.is_file():
-        raise HTTPException(404, "The chat page is not part of this installation.")
-    return FileResponse(PAGE, headers={"Cache-Control": "no-cache"})
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

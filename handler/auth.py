@@ -7,11 +7,12 @@ from collections.abc import Iterable
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from handler import ui
 from handler.asgi import send_error
 from handler.openai.errors import ApiError
 
 # Platforms probe these without a key; the page is public, the calls that it makes are not.
-PUBLIC_PATHS = frozenset({"/", "/health/live", "/health/ready", "/health/startup"})
+PUBLIC_PATHS = frozenset({"/health/live", "/health/ready", "/health/startup"}) | ui.PATHS
 
 
 class BearerAuth:
