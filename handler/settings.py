@@ -10,9 +10,11 @@ from typing import Any
 
 import msgspec
 
-from handler.flags import SERVE_FLAGS, UsageError, collect
+from handler.flags import SERVE_FLAGS, collect
 from runtime.catalogue import Catalogue, ModelSpec, find_catalogue, load_catalogue
 from runtime.protocol import EngineConfig
+from runtime.text.template import read_template
+from runtime.weights.sources.cache import default_cache_dir
 
 DEFAULT_MAX_QUEUE = 1024
 # What a Lambda function URL lets through, so that one limit holds on every platform.
@@ -60,19 +62,7 @@ def cache_directory(values: Mapping[str, Any], environ: Mapping[str, str] = os.e
     """The folder that keeps fetched and converted models."""
     if "download_dir" in values:
         return str(Path(values["download_dir"]).expanduser().absolute())
-    base = environ.get("XDG_CACHE_HOME") or os.path.join(environ.get("HOME") or "/tmp", ".cache")
-    return os.path.join(base, "firstlight")
-
-
-def read_template(template: str) -> str:
-    """A chat template given as text, or as the path of a file that holds it."""
-    if "{" in template:
-        return template
-    try:
-        return Path(template).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UsageError(f"--chat-template: cannot read '{template}': {reason}") from None
+    return str(default_cache_dir(environ))
 
 
 def read_catalogue(values: Mapping[str, Any]) -> Catalogue:
@@ -91,6 +81,9 @@ def model_spec(values: Mapping[str, Any]) -> ModelSpec:
 def _engine_config(values: Mapping[str, Any], spec: ModelSpec) -> EngineConfig:
     same_name = (
         "device",
+        "dtype",
+        "quantization",
+        "max_model_len",
         "max_num_seqs",
         "max_num_batched_tokens",
         "enable_chunked_prefill",
@@ -99,17 +92,15 @@ def _engine_config(values: Mapping[str, Any], spec: ModelSpec) -> EngineConfig:
         "gpu_memory_utilization",
         "seed",
     )
-    dtype = values.get("dtype", spec.dtype)
-    return EngineConfig(
-        model=spec,
-        cache_dir=cache_directory(values),
-        dtype=_DTYPES.get(dtype, dtype),
-        quantization=values.get("quantization", spec.quantization),
-        max_model_len=values.get("max_model_len", spec.max_model_len),
-        kv_cache_bytes=values.get("kv_cache_memory_bytes"),
-        world_size=values.get("tensor_parallel_size", spec.tp_size),
-        **{name: values[name] for name in same_name if name in values},
-    )
+    names = {
+        **{name: name for name in same_name},
+        "kv_cache_memory_bytes": "kv_cache_bytes",
+        "tensor_parallel_size": "world_size",
+    }
+    chosen = {field: values[name] for name, field in names.items() if name in values}
+    if "dtype" in chosen:
+        chosen["dtype"] = _DTYPES.get(chosen["dtype"], chosen["dtype"])
+    return EngineConfig.of(spec, cache_directory(values), **chosen)
 
 
 def _warn(message: str) -> None:

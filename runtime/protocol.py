@@ -8,7 +8,7 @@ everything that one engine step produced.
 from __future__ import annotations
 
 import struct
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -40,6 +40,24 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0
     rank: int = 0
     world_size: int = 1
+
+    @classmethod
+    def of(cls, model: ModelSpec, cache_dir: str, **given: Any) -> EngineConfig:
+        """The settings for one model: what is given beats what its catalogue entry says.
+
+        Raises `TypeError` for a setting that does not exist or has a value of the wrong type.
+        """
+        own = {
+            "dtype": model.dtype,
+            "quantization": model.quantization,
+            "max_model_len": model.max_model_len,
+            "world_size": model.tp_size,
+        }
+        config = cls(model=model, cache_dir=cache_dir, **{**own, **given})
+        try:
+            return msgspec.convert(msgspec.to_builtins(config), cls)
+        except msgspec.ValidationError as error:
+            raise TypeError(f"engine settings: {error}") from None
 
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from runtime.errors import FirstlightError, RequestError
@@ -74,6 +75,17 @@ class ChatTemplate:
             raise RequestError(
                 f"the model's chat template refuses these messages: {detail}", "messages"
             ) from error
+
+
+def read_template(template: str) -> str:
+    """The source of a chat template that is given as text, or as the path of a file that holds it."""
+    if "{" in template:
+        return template
+    try:
+        return Path(template).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ChatTemplateError(f"cannot read the chat template '{template}': {reason}") from None
 
 
 def _compile(name: str, source: str) -> jinja2.Template:

@@ -30,6 +30,12 @@ _MARKER = ".firstlight.json"
 _POLL_S = 0.2
 
 
+def default_cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where models are kept unless somebody says otherwise; below /tmp where there is no home folder."""
+    base = environ.get("XDG_CACHE_HOME") or os.path.join(environ.get("HOME") or "/tmp", ".cache")
+    return Path(base, "firstlight")
+
+
 class Marker(msgspec.Struct):
     """What a published entry holds: its source and each file's size in bytes."""
 
