@@ -25,7 +25,7 @@ A flag beats the environment, which beats models.yaml, which beats the default.
 `firstlight COMMAND --help` explains a command.
 """
 
-# Each command is a module with SUMMARY, DESCRIPTION, configure(parser) and run(values) -> exit status.
+# Each command is a module with USAGE, DESCRIPTION, EPILOG, configure(parser) and run(values) -> exit status.
 COMMANDS = {
     "serve": "serve a model over HTTP, in OpenAI's format",
     "chat": "talk to a model in the terminal",
@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     module: Any = importlib.import_module(f"handler.commands.{command}")
     parser = argparse.ArgumentParser(
         prog=f"firstlight {command}",
+        usage=f"firstlight {command} {module.USAGE}",
         description=module.DESCRIPTION,
         epilog=module.EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -75,7 +75,8 @@ MODEL_FLAGS = (
     Flag(
         "dtype",
         values.choice("auto", "half", "float16", "bfloat16", "float", "float32"),
-        "number format to compute in; auto takes the checkpoint's own where the device is good at it.",
+        "number format to compute in: auto (the checkpoint's own where the device is good at it), float32, "
+        "float16 or bfloat16.",
     ),
     Flag(
         "quantization",
@@ -121,12 +122,14 @@ ENGINE_FLAGS = (
         "enable-chunked-prefill",
         values.boolean,
         "split long prompts over several steps, so that running answers keep flowing (default: True).",
+        "True|False",
         either=True,
     ),
     Flag(
         "enable-prefix-caching",
         values.boolean,
         "compute a prompt's beginning once for all requests that share it (default: True).",
+        "True|False",
         either=True,
     ),
 )
@@ -160,7 +163,12 @@ SERVER_FLAGS = (
         "KEY",
         many=True,
     ),
-    Flag("max-queue", values.count, "most sequences waiting for their first token; more get 429.", "N"),
+    Flag(
+        "max-queue",
+        values.count,
+        "most sequences waiting for their first token; more get 429 (default: 1,024).",
+        "N",
+    ),
     Flag("max-request-bytes", values.count, "largest request body (default: 6,000,000).", "BYTES"),
     Flag(
         "drain-seconds",

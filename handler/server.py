@@ -48,9 +48,10 @@ class _Server(uvicorn.Server):
 
 
 async def _run(server: _Server, client: EngineClient, sock: socket.socket) -> int:
-    beside = [asyncio.create_task(_stop_on_failure(server, client))]
-    if sys.stderr.isatty():
-        beside.append(asyncio.create_task(ProgressLine(client).show()))
+    beside = [
+        asyncio.create_task(_stop_on_failure(server, client)),
+        asyncio.create_task(ProgressLine(client).show()),
+    ]
     try:
         await server.serve(sockets=[sock])
     finally:

@@ -1,15 +1,17 @@
-"""One line on a terminal that says how far the start has come."""
+"""Says on stderr how far the start has come: one line that changes on a terminal, a few lines in a log."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
+import time
 
 from handler.lifecycle import describe
 from runtime.client import EngineClient
 
 _CLEAR = "\r\x1b[K"
 _PERIOD_SECONDS = 0.1
+_LOG_PERIOD_SECONDS = 10.0
 
 
 class ProgressLine:
@@ -18,9 +20,11 @@ class ProgressLine:
     def __init__(self, client: EngineClient) -> None:
         self._client = client
         self._shown = ""
+        self._terminal = sys.stderr.isatty()
+        self._written_at = time.monotonic()
 
     async def show(self) -> None:
-        """Keep the line up to date, and wipe it off in the end, also when cancelled."""
+        """Tell until the end, also when cancelled; a terminal's line is wiped off then."""
         try:
             while self._client.state in ("cold", "loading"):
                 self._write(f"firstlight: {describe(self._client)} …")
@@ -30,10 +34,17 @@ class ProgressLine:
         if self._client.info is not None:
             seconds = self._client.marks.get("ready")
             when = f" after {seconds:.1f} s" if seconds is not None else ""
-            print(f"firstlight: ready{when}, on {self._client.info.device}", file=sys.stderr)
+            print(f"firstlight: ready{when}, on {self._client.info.device}", file=sys.stderr, flush=True)
 
     def _write(self, text: str) -> None:
-        if text != self._shown:
+        if text == self._shown:
+            return
+        if self._terminal:
             sys.stderr.write(_CLEAR + text)
-            sys.stderr.flush()
-            self._shown = text
+        elif text and time.monotonic() - self._written_at >= _LOG_PERIOD_SECONDS:
+            self._written_at = time.monotonic()
+            sys.stderr.write(text + "\n")
+        else:
+            return
+        sys.stderr.flush()
+        self._shown = text

@@ -49,7 +49,7 @@ _KNOWN_ELSEWHERE = {
 def explain(argument: str, known: list[str]) -> str:
     """Why `argument` is refused, in one sentence. `known` holds the names of the flags that exist."""
     if not argument.startswith("-"):
-        return f"'{argument}' belongs to no flag"
+        return f"'{argument}' is one word too many; put a text of several words in quotes"
     name = argument.lstrip("-").partition("=")[0]
     if name in _KNOWN_ELSEWHERE:
         return f"--{name} is a flag of vLLM's that firstlight does not have: {_KNOWN_ELSEWHERE[name]}"

@@ -11,8 +11,9 @@ from handler.session import Session, sampling_fields
 from handler.settings import read_settings
 from runtime.errors import FirstlightError
 
+USAGE = "[MODEL] [FLAGS]"
 DESCRIPTION = """\
-Talk to a model in this terminal. It runs in this process; no server is needed.
+Talk to a model in this terminal. It runs on this machine for as long as you talk; no server is needed.
 
 In the conversation:
   /reset     forget what was said so far

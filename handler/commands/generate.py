@@ -10,6 +10,7 @@ from handler.flags import ANSWER_FLAGS, ENGINE_FLAGS, MODEL_FLAGS, UsageError, a
 from handler.session import Session, sampling_fields
 from handler.settings import read_settings
 
+USAGE = "PROMPT [FLAGS]"
 DESCRIPTION = """\
 Print the answer to one prompt, word by word as it is made.
 A model with a chat template is asked as in a chat; --raw lets it continue the text as it stands.

@@ -11,6 +11,7 @@ from handler.settings import cache_directory, read_catalogue
 from runtime.catalogue import ModelSpec
 from runtime.weights.sources import SourceError, locate
 
+USAGE = "[FLAGS]"
 DESCRIPTION = """\
 List the models of models.yaml: how long a context each is served with, on how many GPUs, where it comes
 from, and whether it is in the cache. The default model has a star.

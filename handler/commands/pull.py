@@ -10,6 +10,7 @@ from handler.flags import CATALOGUE, DOWNLOAD_DIR, MODEL, REVISION, add_flags, a
 from handler.settings import cache_directory, model_spec
 from runtime.weights.sources import ProgressBar, fetch
 
+USAGE = "[MODEL] [FLAGS]"
 DESCRIPTION = """\
 Fetch a model into the cache, so that a later start need not. Only the files that are needed are fetched,
 an interrupted fetch goes on where it stopped, and what came is verified.

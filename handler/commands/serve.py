@@ -24,6 +24,7 @@ from handler.flags import (
 from handler.listen import listen, url_of
 from runtime import marks
 
+USAGE = "[MODEL] [FLAGS]"
 DESCRIPTION = """\
 Serve one model over HTTP, in OpenAI's format: /v1/chat/completions, /v1/completions, /v1/models.
 The server listens at once and holds requests while the model is still being loaded.
@@ -67,7 +68,12 @@ def run(given: dict[str, Any]) -> int:
         client.spawn()
         client.marks["listen"] = listening
         name = settings.served_model_names[0]
-        print(f"firstlight: serving {name} on {url_of(sock)}", file=sys.stderr, flush=True)
+        url = url_of(sock)
+        print(
+            f"firstlight: serving {name} on {url} (chat there in a browser; the API is {url}/v1)",
+            file=sys.stderr,
+            flush=True,
+        )
 
         from handler.server import serve
 

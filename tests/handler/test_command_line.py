@@ -167,7 +167,7 @@ class TestMistakes:
             (["serve", "--speculative_config", "{}"], "--speculative-config is a flag of vLLM's"),
             (["serve", "--max-modle-len", "5"], "did you mean --max-model-len?"),
             (["serve", "--zzz"], "there is no flag --zzz"),
-            (["serve", "one", "two"], "'two' belongs to no flag"),
+            (["serve", "one", "two"], "'two' is one word too many"),
             (["serve", "one", "--model", "two"], "two models are named"),
             (["serve", "--port", "eighty"], "'eighty' is not a whole number"),
             (["serve", "--port", "65536"], "between 0 (any free port) and 65535"),

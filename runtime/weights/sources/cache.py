@@ -131,7 +131,7 @@ def require_space(directory: Path, needed: int) -> None:
         raise SourceError(
             "no_space",
             f"Not enough space in {directory}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are "
-            "free. Free some space, or choose another disk with --cache-dir.",
+            "free. Free some space, or choose another disk with --download-dir.",
         )
 
 
@@ -145,13 +145,13 @@ def explained(directory: Path) -> Iterator[None]:
             raise SourceError(
                 "no_space",
                 f"The disk of {directory} is full ({error.strerror}). Free some space, or choose another "
-                "disk with --cache-dir; the download continues where it stopped.",
+                "disk with --download-dir; the download continues where it stopped.",
             ) from error
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENOENT):
             raise SourceError(
                 "read_only",
                 f"The cache directory {directory} cannot be written: {error.strerror}"
                 f"{f' ({error.filename})' if error.filename else ''}. "
-                "Make it writable, or choose another with --cache-dir.",
+                "Make it writable, or choose another with --download-dir.",
             ) from error
         raise

@@ -188,7 +188,7 @@ def test_a_cache_that_cannot_be_written(hub: HubServer, cache_dir: Path, blocked
     with pytest.raises(SourceError) as caught:
         fetch(SPEC, cache_dir)
     assert caught.value.kind == "read_only"
-    assert "--cache-dir" in str(caught.value)
+    assert "--download-dir" in str(caught.value)
 
 
 def test_a_file_system_mounted_read_only(
