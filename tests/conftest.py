@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -89,4 +90,16 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("tiny-llama")
     write_tokenizer(directory)
     write_llama(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def endless_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, with so long a context and no end of its own that it can be interrupted at leisure."""
+    directory = tmp_path_factory.mktemp("endless") / "llama"
+    shutil.copytree(tiny_model, directory)
+    (directory / "config.json").write_text(
+        json.dumps(CONFIG | {"max_position_embeddings": 1 << 17, "eos_token_id": None})
+    )
+    (directory / "generation_config.json").unlink()
     return directory

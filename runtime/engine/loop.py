@@ -13,6 +13,7 @@ def serve(engine: Engine, channel: Channel) -> None:
     draining = False
     first = True
     while engine.has_work or not draining:
+        was_busy = engine.has_work
         for command in channel.receive(wait=not engine.has_work):
             match command:
                 case Submit():
@@ -21,10 +22,11 @@ def serve(engine: Engine, channel: Channel) -> None:
                     engine.abort(command.request_ids)
                 case Drain():
                     draining = True
-        if not engine.has_work:
+        if not (engine.has_work or was_busy):
             continue
         output = engine.step()
-        if output.deltas:
+        # The last step is told even if it produced nothing: it shows that all blocks are free again.
+        if output.deltas or not engine.has_work:
             channel.send(output)
         if first and any(delta.token_ids for delta in output.deltas):
             first = False
