@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +105,13 @@ def endless_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
     )
     (directory / "generation_config.json").unlink()
     return directory
+
+
+@pytest.fixture(scope="session")
+def default_model() -> Path:
+    """The folder of the real default model, as `firstlight pull` brings it; skips where it cannot be had."""
+    command = [sys.executable, "-m", "handler", "pull"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=100)
+    if done.returncode != 0:
+        pytest.skip(f"the default model cannot be fetched here: {done.stderr.strip()}")
+    return Path(done.stdout.strip())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,7 +101,7 @@ KINDS: dict[str, Callable[[], tuple[Tokenizer, dict[str, Any]]]] = {
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Tokenizer kind -> model folder; `smollm2` is the real one, where a folder of it is at hand."""
+    """Tokenizer kind -> model folder."""
     found = {}
     for name, make in KINDS.items():
         tokenizer, config = make()
@@ -110,13 +109,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         tokenizer.save(str(found[name] / "tokenizer.json"))
         content = {"tokenizer_class": "PreTrainedTokenizerFast", **config}
         (found[name] / "tokenizer_config.json").write_text(json.dumps(content))
-    if real := os.environ.get("FIRSTLIGHT_TEST_SMOLLM2"):
-        found["smollm2"] = Path(real)
     return found
 
 
 @pytest.fixture(params=[*KINDS, "smollm2"])
 def folder(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Path:
-    if request.param not in folders:
-        pytest.skip("FIRSTLIGHT_TEST_SMOLLM2 names no folder with the default model")
+    """Each of them, and the real default model's."""
+    if request.param == "smollm2":
+        real: Path = request.getfixturevalue("default_model")
+        return real
     return folders[request.param]
