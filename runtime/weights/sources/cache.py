@@ -28,6 +28,12 @@ from runtime.weights.sources.errors import SourceError
 
 _MARKER = ".firstlight.json"
 _POLL_S = 0.2
+# What a directory answers that cannot serve as a cache: not writable, not a directory, on a file system
+# without locks, or on a disk or network share that fails.
+_UNUSABLE = {
+    *(errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT),
+    *(errno.ENOLCK, errno.ENOTSUP, errno.EFBIG, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.ESTALE),
+}
 
 
 def default_cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
@@ -109,6 +115,8 @@ def model_dir(cache_dir: Path, kind: str, name: str) -> Path:
 
 def remember(directory: Path, ref: str, version: str) -> None:
     """Note in a model's folder which version a ref (a branch, `latest`) stands for now."""
+    if recall(directory, ref) == version:
+        return
     refs = directory / "refs"
     refs.mkdir(parents=True, exist_ok=True)
     temporary = refs / f".{os.getpid()}.new"
@@ -147,10 +155,10 @@ def explained(directory: Path) -> Iterator[None]:
                 f"The disk of {directory} is full ({error.strerror}). Free some space, or choose another "
                 "disk with --download-dir; the download continues where it stopped.",
             ) from error
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENOENT):
+        if error.errno in _UNUSABLE:
             raise SourceError(
                 "read_only",
-                f"The cache directory {directory} cannot be written: {error.strerror}"
+                f"The cache directory {directory} cannot be used: {error.strerror}"
                 f"{f' ({error.filename})' if error.filename else ''}. "
                 "Make it writable, or choose another with --download-dir.",
             ) from error

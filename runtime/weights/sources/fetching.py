@@ -28,6 +28,9 @@ def bring(remote: Remote, source: str, entry: Entry, on_progress: OnProgress) ->
     While another process brings the same entry this one waits, reports that one's progress, and then
     finds the entry complete. `source` is the normal form of the reference, for the entry's marker.
     """
+    # A complete entry is only read, so it may lie on a disk that cannot be written.
+    if entry.complete():
+        return entry.directory
     names = {file.name for file in remote.files}
     require_config(names, remote.where)
     with explained(entry.model_dir), entry.locked(lambda: _report_other(entry, on_progress)):

@@ -59,7 +59,7 @@ class PartialFile:
         with self._changed:
             return self._done.missing(start, end)
 
-    def write(self, offset: int, block: bytes | bytearray) -> None:
+    def write(self, offset: int, block: bytes) -> None:
         """Put a block in its place, record it, and wake the verification."""
         view = memoryview(block)
         written = 0

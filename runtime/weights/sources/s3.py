@@ -32,6 +32,9 @@ _CONNECTIONS = 16
 _LATEST = "latest"
 # A source that is rewritten again and again while it is read is given up on.
 _MAX_LISTINGS = 3
+_MAX_ATTEMPTS = 3
+_CONNECT_TIMEOUT_S = 10
+_READ_TIMEOUT_S = 30
 _READ_BYTES = 256 << 10
 _NOT_FOUND = {"NoSuchBucket", "NoSuchKey", "404", "NotFound", "NoSuchAccessPoint"}
 _DENIED = {
@@ -138,7 +141,8 @@ class S3Remote:
     @contextmanager
     def open_range(self, file: RemoteFile, start: int, end: int) -> Iterator[RangeReply]:
         """Read [start, end) of an object: see `Remote.open_range`."""
-        from botocore.exceptions import ClientError, HTTPClientError, ResponseStreamingError
+        from botocore.exceptions import ClientError, HTTPClientError
+        from botocore.exceptions import ConnectionError as ConnectError
         from urllib3.exceptions import HTTPError
 
         wanted: dict[str, str] = {"IfMatch": file.tag, "Range": f"bytes={start}-{end - 1}", **self._payer}
@@ -163,7 +167,7 @@ class S3Remote:
                     headers = _capitalised(meta.get("HTTPHeaders", {}))
                     raise Transient(str(error), retry_after(headers)) from error
                 raise
-            except (HTTPClientError, ResponseStreamingError, HTTPError, ConnectionError) as error:
+            except (ConnectError, HTTPClientError, HTTPError, ConnectionError, TimeoutError) as error:
                 raise Transient(str(error)) from error
 
     def _changed(self, file: RemoteFile) -> SourceChanged:
@@ -224,9 +228,9 @@ def _client() -> Any:
         signature_version=UNSIGNED if anonymous else None,
         s3={"addressing_style": "path" if endpoint else "auto"},
         max_pool_connections=_CONNECTIONS,
-        retries={"mode": "standard", "total_max_attempts": 3},
-        connect_timeout=10,
-        read_timeout=30,
+        retries={"mode": "standard", "total_max_attempts": _MAX_ATTEMPTS},
+        connect_timeout=_CONNECT_TIMEOUT_S,
+        read_timeout=_READ_TIMEOUT_S,
         # Servers other than Amazon's often know nothing of the newer checksums.
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",

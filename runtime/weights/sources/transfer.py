@@ -153,9 +153,12 @@ class _Round:
         while missing := file.missing(start, end):
             before = file.bytes_done
             try:
-                with self._remote.open_range(file.file, missing[0][0], end) as reply:
-                    if reply.offset < missing[0][0] and not whole:
+                wanted = missing[0][0]
+                with self._remote.open_range(file.file, wanted, end) as reply:
+                    if reply.offset < wanted and not whole:
                         raise _RangesIgnored
+                    if reply.offset > wanted:
+                        raise Transient(f"bytes from {reply.offset} on came, {wanted} was asked for")
                     self._receive(file, reply, end)
             except Transient as problem:
                 tries = 1 if file.bytes_done > before else tries + 1
@@ -176,19 +179,19 @@ class _Round:
                 f"{file.file.size}. It changed, or a proxy answers in its place; start again.",
             )
         position = reply.offset
-        buffer = bytearray()
+        waiting = b""
         try:
             for block in reply.blocks:
                 if self._stop.is_set():
                     raise Stopped
-                buffer += block[: end - position - len(buffer)]
-                if len(buffer) >= BLOCK_BYTES or position + len(buffer) == end:
-                    file.write(position, buffer)
-                    position += len(buffer)
-                    buffer = bytearray()
+                waiting = (waiting + block if waiting else block)[: end - position]
+                if len(waiting) >= BLOCK_BYTES or position + len(waiting) == end:
+                    file.write(position, waiting)
+                    position += len(waiting)
+                    waiting = b""
                 if position == end:
                     return
         finally:
-            if buffer:
-                file.write(position, buffer)
+            if waiting:
+                file.write(position, waiting)
         raise Transient("the connection was closed early")

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import boto3
 import pytest
+from botocore.awsrequest import AWSRequest
+from botocore.httpsession import URLLib3Session
+from moto.server import ThreadedMotoServer
 
 from runtime.catalogue import ModelSpec
 from runtime.weights.sources import retry
+from runtime.weights.sources import transfer as transfer_module
 from tests.runtime.sources.hub_server import HubServer
 
 
@@ -83,3 +91,56 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 def cache_dir(tmp_path: Path) -> Path:
     """An empty cache."""
     return tmp_path / "cache"
+
+
+# ---- S3 ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The address of moto's S3 server."""
+    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    moto.start()
+    host, port = moto.get_host_and_port()
+    yield f"http://{host}:{port}"
+    moto.stop()
+
+
+@pytest.fixture
+def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """A client of the server, with a fresh bucket `models`; the environment points to it."""
+    for name, value in {
+        "AWS_ENDPOINT_URL_S3": s3_server,
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": str(tmp_path / "none"),
+        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(transfer_module, "RANGE_BYTES", 100_000)
+    client = _client(s3_server)
+    reset = urllib.request.Request(f"{s3_server}/moto-api/reset", method="POST")
+    urllib.request.urlopen(reset).close()
+    client.create_bucket(Bucket="models")
+    return client
+
+
+@functools.cache
+def _client(server: str) -> Any:
+    return boto3.client("s3", endpoint_url=server)
+
+
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[AWSRequest]:
+    """Every request that boto3 sends, as it goes on the wire."""
+    sent: list[AWSRequest] = []
+    genuine = URLLib3Session.send
+
+    def recorded(self: URLLib3Session, request: AWSRequest) -> Any:
+        sent.append(request)
+        return genuine(self, request)
+
+    monkeypatch.setattr(URLLib3Session, "send", recorded)
+    return sent

@@ -14,13 +14,35 @@ import hashlib
 import json
 import re
 import socket
+import struct
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
+
+Lie = Literal["elsewhere", "unlabelled", "longer", "shorter", "size"]
+
+
+def lying_range(lie: Lie | None, start: int, end: int, size: int) -> tuple[int, int, str | None]:
+    """What a server sends that was asked for [start, end): the range, and the Content-Range header.
+
+    elsewhere: a range further on, and it says so. unlabelled: the right one, without saying which.
+    longer, shorter: another end, and it says so. size: the right one, of a file of another size.
+    """
+    middle = (start + end) // 2
+    start = middle if lie == "elsewhere" else start
+    end = {"longer": size, "shorter": middle}.get(lie or "", end)
+    total = size + 1 if lie == "size" else size
+    return start, end, None if lie == "unlabelled" else f"bytes {start}-{end - 1}/{total}"
+
+
+def reset(connection: socket.socket) -> None:
+    """End a connection with a reset instead of an orderly close."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
 
 
 @dataclass
@@ -32,6 +54,8 @@ class Request:
     host: str
     range: str | None
     authorization: str | None
+    proxy_authorization: str | None
+    client: tuple[str, int]
     sent: int = 0
 
 
@@ -40,8 +64,9 @@ class Fault:
     """What goes wrong with the next `times` requests whose path contains `match`.
 
     `status` answers with that status and `headers`; `cut_after` closes the connection after so many
-    bytes of the body; `corrupt` flips a bit; `ignore_range` answers 200 with the whole file;
-    `pause` is called after `pause_after` bytes of the body, and the rest goes out when it returns.
+    bytes of the body, `reset_after` resets it; `corrupt` flips a bit; `ignore_range` answers 200 with the
+    whole file; `lie` is what a 206 answer gets wrong, see `lying_range`; `pause` is called after
+    `pause_after` bytes of the body, and the rest goes out when it returns.
     """
 
     match: str
@@ -49,8 +74,10 @@ class Fault:
     status: int | None = None
     headers: dict[str, str] = field(default_factory=dict)
     cut_after: int | None = None
+    reset_after: int | None = None
     corrupt: bool = False
     ignore_range: bool = False
+    lie: Lie | None = None
     pause: Callable[[], object] | None = None
     pause_after: int = 0
 
@@ -167,6 +194,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.headers.get("Host", ""),
             self.headers.get("Range"),
             self.headers.get("Authorization"),
+            self.headers.get("Proxy-Authorization"),
+            self.client_address,
         )
         self.hub.requests.append(self.record)
         self.fault = self.hub.take_fault(path)
@@ -261,7 +290,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, content, headers)
             return
         start, end = int(wanted[1]), min(int(wanted[2] or len(content)) + 1, len(content))
-        headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(content)}"
+        lie = self.fault.lie if self.fault else None
+        start, end, label = lying_range(lie, start, end, len(content))
+        if label:
+            headers["Content-Range"] = label
         self._send(206, content[start:end], headers)
 
     def _json(self, value: Any) -> None:
@@ -283,6 +315,10 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault.cut_after is not None:
             self._write(body[: fault.cut_after])
             self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+        elif fault.reset_after is not None:
+            self._write(body[: fault.reset_after])
+            reset(self.connection)
             self.close_connection = True
         else:
             self._write(body)

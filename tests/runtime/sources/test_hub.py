@@ -1,4 +1,4 @@
-"""The Hub, through the genuine client, against a stand-in with faults."""
+"""The Hub, through the genuine client, against a stand-in: what is fetched, what is refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import huggingface_hub
 import pytest
 
 from runtime.weights.sources import FetchProgress, SourceError, fetch, locate
-from runtime.weights.sources import transfer as transfer_module
 from tests.runtime.sources.conftest import NEEDED, contents, model_files, spec
 from tests.runtime.sources.hub_server import HubServer
 
@@ -172,101 +171,7 @@ def test_the_token_goes_to_the_hub_and_nowhere_else(
     assert not any(b"hf_verysecret" in p.read_bytes() for p in cache_dir.rglob("*") if p.is_file())
 
 
-# ---- faults that another try mends -------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [
-        {"match": "/storage/", "cut_after": 100_000, "times": 2},
-        {"match": "/storage/", "status": 503, "times": 3},
-        {"match": "/storage/", "status": 403, "times": 1},
-        {"match": "/resolve/", "status": 429, "headers": {"Retry-After": "0"}, "times": 3},
-        {"match": "/revision/", "status": 500, "times": 2},
-        {"match": "/storage/", "corrupt": True, "times": 1},
-        {"match": "config.json", "corrupt": True, "times": 1},
-        {"match": "/storage/", "ignore_range": True, "times": 100},
-        {"match": "/storage/", "ignore_range": True, "times": 1},
-    ],
-    ids=lambda fault: "-".join(str(value) for value in fault.values()),
-)
-def test_passing_faults_are_mended(
-    hub: HubServer, cache_dir: Path, monkeypatch: pytest.MonkeyPatch, fault: dict[str, object]
-) -> None:
-    monkeypatch.setattr(transfer_module, "RANGE_BYTES", 100_001)
-    monkeypatch.setattr(transfer_module, "BLOCK_BYTES", 30_000)
-    files = model_files(1_000_000)
-    hub.add_repo("org/name", files)
-    hub.fail(**fault)
-    assert contents(fetch(SPEC, cache_dir)) == {name: files[name] for name in NEEDED}
-
-
-def test_a_cut_connection_continues_where_it_was_cut(hub: HubServer, cache_dir: Path) -> None:
-    hub.add_repo("org/name", model_files(3_000_000))
-    hub.fail("/storage/", cut_after=2_000_000)
-    fetch(SPEC, cache_dir)
-    ranges = [r.range for r in hub.requests if "/storage/" in r.path]
-    assert ranges == ["bytes=0-2999999", "bytes=2000000-2999999"]
-
-
-def test_a_server_without_ranges_is_read_once_from_the_start(
-    hub: HubServer, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(transfer_module, "RANGE_BYTES", 200_000)
-    files = model_files(10_000_000)
-    hub.add_repo("org/name", files)
-    hub.fail("/storage/", ignore_range=True, times=1000)
-    assert (fetch(SPEC, cache_dir) / "model.safetensors").read_bytes() == files["model.safetensors"]
-    # Each of the 8 connections may get a stretch of it before it knows; 50 whole files would be 500 MB.
-    assert hub.body_bytes("/storage/") < 100_000_000
-
-
-def test_a_server_that_asks_to_wait_is_waited_for(
-    hub: HubServer, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    waits: list[float] = []
-    original = transfer_module.retry.delay_s
-
-    def recorded(tries: int, retry_after: float | None) -> float:
-        waits.append(original(tries, retry_after))
-        return 0.0
-
-    monkeypatch.setattr(transfer_module.retry, "delay_s", recorded)
-    hub.add_repo("org/name", model_files())
-    hub.fail("/resolve/", status=429, headers={"Retry-After": "7"})
-    fetch(SPEC, cache_dir)
-    assert waits == [7.0]
-
-
-# ---- faults that stay --------------------------------------------------------------------------
-
-
-def test_wrong_bytes_are_never_published(hub: HubServer, cache_dir: Path) -> None:
-    hub.add_repo("org/name", model_files())
-    hub.fail("/storage/", corrupt=True, times=100)
-    error = _fails(cache_dir)
-    assert error.kind == "verification"
-    assert "model.safetensors" in str(error)
-    assert locate(SPEC, cache_dir) is None
-    outside_partial = [p for p in cache_dir.rglob("model.safetensors") if p.parent.suffix != ".partial"]
-    assert outside_partial == []
-
-
-def test_a_hub_that_keeps_failing_is_a_network_error_and_nothing_is_lost(
-    hub: HubServer, cache_dir: Path
-) -> None:
-    files = model_files(3_000_000)
-    hub.add_repo("org/name", files)
-    hub.fail("/storage/", cut_after=1_000_000)
-    hub.fail("/storage/", status=500, times=50)
-    error = _fails(cache_dir)
-    assert error.kind == "network"
-    assert "continues where it stopped" in str(error)
-    hub.mend()
-    hub.requests.clear()
-    assert (fetch(SPEC, cache_dir) / "model.safetensors").read_bytes() == files["model.safetensors"]
-    assert [r.range for r in hub.requests if "/storage/" in r.path] == ["bytes=1000000-2999999"]
-    assert hub.body_bytes("/resolve/") == 0
+# ---- what is said to people --------------------------------------------------------------------
 
 
 def test_a_missing_repository(hub: HubServer, cache_dir: Path) -> None:
