@@ -238,13 +238,13 @@ $("new").addEventListener("click", () => {
   turns = [];
   $("question").focus();
 });
-$("key-form").addEventListener("submit", (event) => {
+$("key-form").addEventListener("submit", async (event) => {
   event.preventDefault();
   setKey($("key").value.trim());
   $("key").value = "";
   $("key-form").hidden = true;
   $("question").focus();
-  look();
-  if (turns.at(-1)?.role === "user" && !running) answer();
+  await look();
+  if (engine.state !== "locked" && turns.at(-1)?.role === "user" && !running) answer();
 });
 watch(showState, askKey);
