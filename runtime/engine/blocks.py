@@ -93,10 +93,13 @@ class BlockManager:
         return len(table.block_ids) * self.block_size
 
     def register(self, table: BlockTable, token_ids: list[int], num_computed: int) -> None:
-        """Make the blocks that the first `num_computed` tokens fill findable by their content."""
+        """Make the blocks that the first `num_computed` tokens fill findable by their content.
+
+        A block with a token that is still on its way from the device cannot be named yet.
+        """
         if not self.enable_prefix_caching:
             return
-        full = num_computed // self.block_size
+        full = min(num_computed, len(token_ids)) // self.block_size
         if full <= table.num_registered:
             return
         table.extend_hashes(token_ids, self.block_size)

@@ -8,8 +8,8 @@ import torch
 
 from runtime.engine.blocks import BlockManager
 from runtime.engine.core import Engine
-from runtime.engine.memory import cpu_num_blocks
-from runtime.engine.runner import Runner, block_bytes
+from runtime.engine.host_runner import HostRunner
+from runtime.engine.memory import block_bytes, cpu_num_blocks
 from runtime.engine.scheduler import Scheduler
 from runtime.errors import FirstlightError
 from runtime.kernels import native
@@ -52,7 +52,7 @@ def build_engine(
         # With the compiled kernels, which bring their own threads, torch's would only get in the way.
         torch.set_num_threads(native.default_threads() if native.library() is None else 1)
     decoder = Decoder(model.config, _placed(weights, device, dtype), max_model_len, dtype)
-    runner = Runner(decoder, num_blocks, config.block_size, device, dtype)
+    runner = HostRunner(decoder, num_blocks, config.block_size, dtype)
     blocks = BlockManager(num_blocks, config.block_size, config.enable_prefix_caching)
     budget = config.max_num_batched_tokens
     scheduler = Scheduler(blocks, config.max_num_seqs, budget, config.enable_chunked_prefill)

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 
-import torch
-
-from runtime.engine.runner import Runner
-from runtime.engine.sampler import sample, token_logprobs
 from runtime.engine.scheduler import Scheduled, Scheduler
 from runtime.engine.sequence import Sequence
-from runtime.protocol import EngineStats, StepOutput, Submit, TokenDelta
+from runtime.engine.step import Launched, Runner
+from runtime.protocol import EngineStats, StepOutput, Submit, TokenDelta, TokenLogprobs
 
 
 class Engine:
-    """Owns the sequences. Everything it does, it does between two steps, so there are no locks."""
+    """Owns the sequences. Everything it does, it does between two steps, so there are no locks.
+
+    A runner that works ahead is given step n + 1 before the tokens of step n are looked at. That a
+    sequence has come to its end is then noticed one step late, and the token too many is dropped.
+    """
 
     def __init__(self, runner: Runner, scheduler: Scheduler, max_model_len: int, seed: int) -> None:
         self.runner = runner
         self.scheduler = scheduler
         self.max_model_len = max_model_len
-        self.vocab_size = runner.decoder.config.vocab_size
+        self.vocab_size = runner.vocab_size
         self.seed = seed
         self.stats = EngineStats(blocks_total=scheduler.blocks.num_blocks)
         self._num_submitted = 0
         self._refused: list[TokenDelta] = []
+        self._under_way: deque[tuple[list[Scheduled], Launched]] = deque()
 
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do."""
-        return self.scheduler.has_work or bool(self._refused)
+        return self.scheduler.has_work or bool(self._refused or self._under_way)
 
     def submit(self, request: Submit) -> None:
         """Queue a request. One that cannot be served costs its sender an error and nobody else anything."""
@@ -42,7 +45,7 @@ class Engine:
         seed = request.sampling.seed
         if seed is None:
             seed = hash((self.seed, self._num_submitted))
-        self.scheduler.add(Sequence(request, self._num_submitted, seed))
+        self.scheduler.add(Sequence(request, self._num_submitted, seed, self.max_model_len))
         self._num_submitted += 1
 
     def _problem(self, request: Submit) -> str | None:
@@ -69,77 +72,61 @@ class Engine:
         self.scheduler.remove(request_ids)
 
     def step(self) -> StepOutput:
-        """Compute one step and say what it produced."""
+        """Launch one step; once the runner is far enough ahead, say what the oldest under way produced."""
         deltas, self._refused = self._refused, []
         scheduled = self.scheduler.schedule()
         if scheduled:
-            logits = self.runner.execute(scheduled)
-            deltas += self._take(scheduled, logits)
+            self._under_way.append((scheduled, self.runner.launch(scheduled)))
+            self.scheduler.launched(scheduled)
+        if len(self._under_way) > (self.runner.steps_ahead if scheduled else 0):
+            deltas += self._take(*self._under_way.popleft())
         self._count()
         return StepOutput(deltas=deltas, stats=self.stats)
 
-    @torch.inference_mode()
-    def _take(self, scheduled: list[Scheduled], logits: torch.Tensor) -> list[TokenDelta]:
-        """Sample the sequences that reached their end and make their deltas."""
-        rows: list[int] = []
-        at = 0
+    def _take(self, scheduled: list[Scheduled], launched: Launched) -> list[TokenDelta]:
+        """What a step that is through means for its sequences."""
+        result = launched.result()
+        prompt_logprobs = iter(result.prompt_logprobs)
+        sampled = iter(zip(result.tokens, result.logprobs, strict=True))
+        deltas = []
         for item in scheduled:
-            if item.sequence.prompt_logprobs_left:
-                self._note_prompt_logprobs(item, logits[at : at + item.num_new])
-                at += item.num_new
-            elif item.samples:
-                at += 1
+            sequence = item.sequence
+            if item.scores_prompt:
+                self._note_prompt_logprobs(item, next(prompt_logprobs))
             if item.samples:
-                rows.append(at - 1)
-        samplers = [item.sequence for item in scheduled if item.samples]
-        self.scheduler.computed(scheduled)
-        if not samplers:
-            return []
-        if len(rows) != logits.shape[0]:
-            logits = logits[torch.tensor(rows, device=logits.device)]
-        wanted = [row for row, sequence in enumerate(samplers) if sequence.sampling.logprobs is not None]
-        untouched = logits[torch.tensor(wanted, dtype=torch.long, device=logits.device)]
-        tokens = sample(logits, samplers)
-        deltas = [
-            self._advance(sequence, token_id) for sequence, token_id in zip(samplers, tokens, strict=True)
-        ]
-        for row, index in enumerate(wanted):
-            num_top = samplers[index].sampling.logprobs or 0
-            if deltas[index].token_ids:
-                deltas[index].logprobs = token_logprobs(untouched[row : row + 1], [tokens[index]], num_top)
+                token_id, logprobs = next(sampled)
+                sequence.num_pending -= 1
+                if not sequence.ended:
+                    deltas.append(self._advance(sequence, token_id, logprobs))
         return deltas
 
-    def _note_prompt_logprobs(self, item: Scheduled, logits: torch.Tensor) -> None:
+    def _note_prompt_logprobs(self, item: Scheduled, entries: list[TokenLogprobs]) -> None:
         """Keep entries for the prompt tokens that this chunk's logits predict; the very first has none."""
-        sequence, start = item.sequence, item.sequence.num_computed
-        if start == 0:
+        sequence = item.sequence
+        if item.start == 0:
             sequence.prompt_logprobs = [None]  # anew, should the sequence have been preempted
-        targets = sequence.token_ids[start + 1 : min(start + item.num_new + 1, sequence.num_prompt)]
-        if targets:
-            num_top = sequence.sampling.prompt_logprobs or 0
-            sequence.prompt_logprobs += token_logprobs(logits[: len(targets)], targets, num_top)
+        sequence.prompt_logprobs += entries
         if item.samples:
             sequence.prompt_logprobs_left = False
 
-    def _advance(self, sequence: Sequence, token_id: int) -> TokenDelta:
+    def _advance(self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> TokenDelta:
         """Append a sampled token and see whether it was the last."""
         delta = TokenDelta(request_id=sequence.request_id)
-        if sequence.num_generated == 0:
+        num_generated = len(sequence.token_ids) - sequence.num_prompt
+        if num_generated == 0:
             delta.num_cached_tokens = sequence.num_cached
             delta.prompt_logprobs = sequence.prompt_logprobs
             self.stats.prompt_tokens_total += sequence.num_prompt
             self.stats.cached_tokens_total += sequence.num_cached
         self.stats.generated_tokens_total += 1
-        stops = token_id in sequence.stop_token_ids and sequence.num_generated >= sequence.sampling.min_tokens
-        if stops:
+        if token_id in sequence.stop_token_ids and num_generated >= sequence.sampling.min_tokens:
             delta.finish_reason, delta.stop_token_id = "stop", token_id
         else:
             sequence.token_ids.append(token_id)
             delta.token_ids = [token_id]
-            if (
-                sequence.num_generated >= sequence.sampling.max_tokens
-                or sequence.num_tokens >= self.max_model_len
-            ):
+            if logprobs is not None:
+                delta.logprobs = [logprobs]
+            if num_generated + 1 >= sequence.max_tokens:
                 delta.finish_reason = "length"
         if delta.finish_reason is not None:
             self.scheduler.remove([sequence.request_id])

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
+from runtime.model.config import ModelConfig
+
 # Of the memory that is free on a CPU machine. Pages of the pool that are never used are never touched.
 _CPU_FRACTION = 0.3
+
+
+def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    """What one block of keys and values takes in all layers."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * block_size * dtype.itemsize
 
 
 def available_bytes() -> int:

@@ -107,6 +107,8 @@ def _too_short(
 
 def token_logprobs(logits: torch.Tensor, token_ids: Rows[int], num_top: int) -> list[TokenLogprobs]:
     """Log probabilities under the model's own distribution: logits [R, vocab_size], one token a row."""
+    if not token_ids:
+        return []
     logprobs = logits - logits.logsumexp(dim=-1, keepdim=True)
     chosen = logprobs.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])
     ranks = ((logprobs > chosen).sum(dim=-1) + 1).tolist()

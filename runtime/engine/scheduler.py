@@ -22,15 +22,20 @@ PROMPT_LOGPROBS_CHUNK = 256
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
-    """`num_new` tokens of `sequence`, from its `num_computed` on, are computed in this step."""
+    """`num_new` tokens of `sequence`, from `start` on, are computed in this step.
+
+    `samples` says that they reach the sequence's end, so that its next token is sampled; `decodes`, that
+    the one new token was itself sampled in the sequence's present slot; `admitted`, that the slot is new;
+    `scores_prompt`, that the log probabilities of prompt tokens are wanted from it.
+    """
 
     sequence: Sequence
+    start: int
     num_new: int
-
-    @property
-    def samples(self) -> bool:
-        """Whether the step reaches the sequence's end, so that its next token is sampled."""
-        return self.sequence.num_computed + self.num_new == self.sequence.num_tokens
+    samples: bool
+    decodes: bool = False
+    admitted: bool = False
+    scores_prompt: bool = False
 
 
 class Scheduler:
@@ -50,10 +55,11 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
+        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
 
     @property
     def has_work(self) -> bool:
-        """Whether any sequence has not ended."""
+        """Whether any sequence is waiting or running."""
         return bool(self.running or self.waiting)
 
     def add(self, sequence: Sequence) -> None:
@@ -65,42 +71,58 @@ class Scheduler:
         gone = set(request_ids)
         for sequence in self.running:
             if sequence.request_id in gone:
-                self.blocks.release(sequence.table)
+                sequence.ended = True
+                self._give_up_place(sequence)
         self.running = [sequence for sequence in self.running if sequence.request_id not in gone]
         if any(sequence.request_id in gone for sequence in self.waiting):
-            self.waiting = deque(sequence for sequence in self.waiting if sequence.request_id not in gone)
+            for sequence in self.waiting:
+                sequence.ended = sequence.request_id in gone
+            self.waiting = deque(sequence for sequence in self.waiting if not sequence.ended)
 
     def schedule(self) -> list[Scheduled]:
-        """What the next step computes; empty only if there is no work."""
+        """What the next step computes; may be empty while all wait for tokens that are on their way."""
         scheduled: list[Scheduled] = []
         budget = self.max_num_batched_tokens
         preempted = False
         index = 0
         while index < len(self.running) and budget:
             sequence = self.running[index]
+            if sequence.num_pending and sequence.num_generated >= sequence.max_tokens:
+                index += 1  # its last token is on the way
+                continue
             num_new = self._num_new(sequence, budget)
             if self._make_room(sequence, sequence.num_computed + num_new):
-                scheduled.append(Scheduled(sequence, num_new))
+                scheduled.append(self._scheduled(sequence, num_new))
                 budget -= num_new
                 index += 1
             else:
                 preempted = True
-        while not preempted and self.waiting and budget and len(self.running) < self.max_num_seqs:
+        while not preempted and self.waiting and budget and self._free_slots:
             num_new = self._admit(self.waiting[0], budget, first=not scheduled)
             if not num_new:
                 break
             sequence = self.waiting.popleft()
+            sequence.slot = self._free_slots.pop()
             self.running.append(sequence)
-            scheduled.append(Scheduled(sequence, num_new))
+            scheduled.append(self._scheduled(sequence, num_new, admitted=True))
             budget -= num_new
         return scheduled
 
-    def computed(self, scheduled: Iterable[Scheduled]) -> None:
-        """Note that a step was carried out: what it computed can be shared from now on."""
+    def launched(self, scheduled: Iterable[Scheduled]) -> None:
+        """Note that a step is under way: what it computes can be shared by any step after it."""
         for item in scheduled:
             sequence = item.sequence
             sequence.num_computed += item.num_new
+            sequence.num_pending += item.samples
+            if item.samples:
+                sequence.sampled_here = True
             self.blocks.register(sequence.table, sequence.token_ids, sequence.num_computed)
+
+    def _scheduled(self, sequence: Sequence, num_new: int, admitted: bool = False) -> Scheduled:
+        samples = sequence.num_computed + num_new == sequence.num_tokens
+        decodes = sequence.sampled_here and num_new == 1
+        scores_prompt = sequence.prompt_logprobs_left and sequence.num_computed < sequence.num_prompt
+        return Scheduled(sequence, sequence.num_computed, num_new, samples, decodes, admitted, scores_prompt)
 
     def _num_new(self, sequence: Sequence, budget: int) -> int:
         limit = PROMPT_LOGPROBS_CHUNK if sequence.prompt_logprobs_left else budget
@@ -115,8 +137,14 @@ class Scheduler:
                 return False
         return True
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _give_up_place(self, sequence: Sequence) -> None:
         self.blocks.release(sequence.table)
+        self._free_slots.append(sequence.slot)
+        sequence.slot = -1
+        sequence.sampled_here = False
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._give_up_place(sequence)
         sequence.num_computed = 0
         self.waiting.appendleft(sequence)
         self.num_preemptions += 1
@@ -127,6 +155,8 @@ class Scheduler:
         It is let in only if all its tokens so far would fit, so that prefills do not evict each other
         half-way; what it may still generate is not reserved.
         """
+        if sequence.num_pending:
+            return 0  # preempted with a token on its way, which belongs to what is computed again
         if not sequence.prompt_logprobs_left:
             sequence.num_computed = self.blocks.take_prefix(sequence.table, sequence.token_ids)
         num_new = self._num_new(sequence, budget)

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence as Rows
-from types import SimpleNamespace
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.engine.blocks import BlockManager
 from runtime.engine.core import Engine
 from runtime.engine.scheduler import Scheduled, Scheduler
+from runtime.engine.step import StepResult
 from runtime.protocol import SamplingParams, Submit
 
 VOCAB = 97
@@ -45,31 +45,47 @@ def alone(prompt: list[int], max_tokens: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
-class HistoryModel:
-    """Takes the place of the runner: a cache of token ids in blocks."""
+@dataclass
+class Promised:
+    """A step of the stand-in. Its tokens are made known only when they are asked for."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
-        self.decoder = SimpleNamespace(config=SimpleNamespace(vocab_size=VOCAB))
+    tokens: list[int]
+
+    def result(self) -> StepResult:
+        return StepResult(tokens=self.tokens, logprobs=[None] * len(self.tokens))
+
+
+class HistoryModel:
+    """Takes the place of the runner: a cache of token ids in blocks, and the last tokens by slot."""
+
+    vocab_size = VOCAB
+
+    def __init__(self, num_blocks: int, block_size: int, steps_ahead: int, num_slots: int) -> None:
+        self.steps_ahead = steps_ahead
         self.block_size = block_size
         self.memory = np.full((num_blocks, block_size), -1)
+        self.last_token = [-1] * num_slots
         self.batches: list[int] = []
 
-    def execute(self, scheduled: Rows[Scheduled]) -> torch.Tensor:
-        rows = []
+    def launch(self, scheduled: Rows[Scheduled]) -> Promised:
         self.batches.append(sum(item.num_new for item in scheduled))
+        assert len({item.sequence.slot for item in scheduled}) == len(scheduled), "a slot is one sequence's"
         for item in scheduled:
-            sequence, end = item.sequence, item.sequence.num_computed + item.num_new
-            for position in range(sequence.num_computed, end):
-                block = sequence.table.block_ids[position // self.block_size]
-                self.memory[block, position % self.block_size] = sequence.token_ids[position]
+            sequence, table = item.sequence, item.sequence.table.block_ids
+            known = sequence.token_ids[item.start : item.start + item.num_new]
+            new = [self.last_token[sequence.slot]] if item.decodes else known
+            assert len(new) == item.num_new
+            for position, token in enumerate(new, item.start):
+                self.memory[table[position // self.block_size], position % self.block_size] = token
+        tokens = []
         for item in scheduled:
             if item.samples:
                 blocks = item.sequence.table.block_ids
-                history = self.memory[blocks].reshape(-1)[: item.sequence.num_tokens]
-                row = torch.zeros(VOCAB)
-                row[next_token(history.tolist())] = 1.0
-                rows.append(row)
-        return torch.stack(rows) if rows else torch.empty(0, VOCAB)
+                history = self.memory[blocks].reshape(-1)[: item.start + item.num_new]
+                token = next_token(history.tolist())
+                self.last_token[item.sequence.slot] = token
+                tokens.append(token)
+        return Promised(tokens)
 
 
 def make_engine(
@@ -80,11 +96,12 @@ def make_engine(
     chunked: bool = True,
     prefix_caching: bool = True,
     max_model_len: int = 64,
+    steps_ahead: int = 0,
 ) -> Engine:
-    model = HistoryModel(num_blocks, block_size)
+    model = HistoryModel(num_blocks, block_size, steps_ahead, max_num_seqs)
     blocks = BlockManager(num_blocks, block_size, prefix_caching)
     scheduler = Scheduler(blocks, max_num_seqs, budget, chunked)
-    return Engine(model, scheduler, max_model_len, seed=0)  # type: ignore[arg-type]  # a stand-in runner
+    return Engine(model, scheduler, max_model_len, seed=0)
 
 
 def request(name: str, prompt: list[int], max_tokens: int, salt: str = "") -> Submit:
@@ -109,16 +126,26 @@ def collect(engine: Engine, outputs: dict[str, list[int]], ended: dict[str, str]
     budget=st.integers(1, 40),
     prefix_caching=st.booleans(),
     chunked=st.booleans(),
+    steps_ahead=st.integers(0, 1),
 )
 def test_everyone_ends_with_the_tokens_they_would_get_alone(
-    seed: int, block_size: int, pool: int, max_num_seqs: int, budget: int, prefix_caching: bool, chunked: bool
+    seed: int,
+    block_size: int,
+    pool: int,
+    max_num_seqs: int,
+    budget: int,
+    prefix_caching: bool,
+    chunked: bool,
+    steps_ahead: int,
 ) -> None:
     rnd = random.Random(seed)
     max_model_len = 48
     # At least room for one sequence at its longest; often not for two.
     num_blocks = -(-max_model_len // block_size) + pool // block_size
     budget = budget if chunked else max(budget, max_model_len)
-    engine = make_engine(num_blocks, block_size, max_num_seqs, budget, chunked, prefix_caching, max_model_len)
+    engine = make_engine(
+        num_blocks, block_size, max_num_seqs, budget, chunked, prefix_caching, max_model_len, steps_ahead
+    )
     preambles = [[rnd.randrange(VOCAB) for _ in range(20)] for _ in range(2)]
     expected: dict[str, list[int]] = {}
     outputs: dict[str, list[int]] = {}

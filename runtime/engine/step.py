@@ -1,0 +1,47 @@
+"""What a step hands over: from the engine to whatever runs it, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from runtime.engine.scheduler import Scheduled
+from runtime.protocol import TokenLogprobs
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What one step produced, in the order in which its sequences were scheduled.
+
+    `tokens` and `logprobs` have one entry for each sequence that samples; `prompt_logprobs` has one list
+    for each that still owes log probabilities of its prompt: those of the tokens after each new one.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    prompt_logprobs: list[list[TokenLogprobs]] = field(default_factory=list)
+
+
+class Launched(Protocol):
+    """A step under way."""
+
+    def result(self) -> StepResult:
+        """Wait for the step and return what it produced."""
+        ...
+
+
+class Runner(Protocol):
+    """Carries out steps, in order, on one kind of device.
+
+    `steps_ahead` is how many further steps may be launched before the first one's result is asked for.
+    """
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def steps_ahead(self) -> int: ...
+
+    def launch(self, scheduled: Rows[Scheduled]) -> Launched:
+        """Begin to compute what is scheduled."""
+        ...
