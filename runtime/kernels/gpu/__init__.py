@@ -1,0 +1,1 @@
+"""Triton kernels for GPUs, each beside its plain-torch twin. Nothing here is imported on a CPU."""

@@ -1,0 +1,33 @@
+"""Gated activations as transformers' MLPs compute them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers.activations import ACT2FN
+
+from runtime.kernels.gpu.activation import gelu_tanh_mul, gelu_tanh_mul_torch, silu_mul, silu_mul_torch
+
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # the interpreter's numpy
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize(
+    ("activate", "name"),
+    [
+        (silu_mul, "silu"),
+        (silu_mul_torch, "silu"),
+        (gelu_tanh_mul, "gelu_pytorch_tanh"),
+        (gelu_tanh_mul_torch, "gelu_pytorch_tanh"),
+    ],
+)
+@pytest.mark.parametrize("n", [24, 1100])
+def test_against_transformers(activate, name: str, n: int) -> None:
+    torch.manual_seed(0)
+    gate_up = torch.randn(3, 2 * n, device=DEVICE) * 4
+    gate_up[0, :4] = torch.tensor([0.0, 90.0, -90.0, -1e4])  # where a careless sigmoid overflows
+    gate, up = gate_up.chunk(2, dim=-1)
+
+    out = activate(gate_up, torch.empty(3, n, device=DEVICE))
+
+    torch.testing.assert_close(out, ACT2FN[name](gate) * up, atol=1e-5, rtol=1e-5)

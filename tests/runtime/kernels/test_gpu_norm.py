@@ -1,0 +1,59 @@
+"""RMSNorm as transformers computes it, with the residual carried along."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from runtime.kernels.gpu.norm import add_rms_norm, add_rms_norm_torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EPS = 1e-5
+
+
+@pytest.mark.parametrize("norm", [add_rms_norm, add_rms_norm_torch])
+@pytest.mark.parametrize("gemma", [False, True])
+@pytest.mark.parametrize("hidden_size", [64, 80])
+def test_against_transformers(norm, gemma: bool, hidden_size: int) -> None:
+    torch.manual_seed(0)
+    reference = (Gemma2RMSNorm if gemma else LlamaRMSNorm)(hidden_size, eps=EPS).to(DEVICE)
+    weight = torch.randn(hidden_size, device=DEVICE)
+    reference.weight.data.copy_(weight)
+    x, residual = torch.randn(2, 3, hidden_size, device=DEVICE).unbind()
+    total = x + residual
+    out = torch.empty_like(residual)
+
+    norm(x, residual, weight, EPS, out, gemma)
+
+    torch.testing.assert_close(residual, total)
+    torch.testing.assert_close(out, reference(total).detach(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("norm", [add_rms_norm, add_rms_norm_torch])
+def test_without_an_addend_the_residual_stays(norm) -> None:
+    torch.manual_seed(1)
+    residual = torch.randn(2, 48, device=DEVICE)
+    before, weight = residual.clone(), torch.ones(48, device=DEVICE)
+
+    out = norm(None, residual, weight, EPS, torch.empty_like(residual))
+
+    assert torch.equal(residual, before)
+    torch.testing.assert_close(out, torch.nn.functional.rms_norm(before, (48,), eps=EPS))
+
+
+@pytest.mark.parametrize("norm", [add_rms_norm, add_rms_norm_torch])
+def test_half_precision_is_rounded_once(norm) -> None:
+    """The sum is rounded, as the next layer adds to it; the norm of that sum is exact till the end."""
+    torch.manual_seed(2)
+    x, residual = torch.randn(2, 4, 96, device=DEVICE).half().unbind()
+    weight = torch.randn(96, device=DEVICE)
+    total = x + residual
+    wide = total.double()
+    exact = wide * (wide.square().mean(-1, keepdim=True) + EPS).rsqrt() * weight.double()
+
+    out = norm(x, residual.clone(), weight, EPS, torch.empty_like(x))
+
+    # Half a unit in the last of 11 bits, and a little for the float32 arithmetic.
+    torch.testing.assert_close(out.double(), exact, rtol=0.502 * 2**-10, atol=1e-7)
