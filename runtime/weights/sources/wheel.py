@@ -126,14 +126,16 @@ def _wheel(reference: Reference, partial: Path, lock: int, on_progress: OnProgre
     command += ["--dest", str(downloads), requirement]
     log = partial / _LOG
     with open(log, "wb") as sink:
-        # The child keeps the entry's lock: should this process be killed, the download still comes to
-        # its end, and the next start waits for it instead of beginning again.
+        # pip would begin a cut download again. So it keeps the entry's lock, in a session of its own: should
+        # this process be killed, or its whole group, the download still comes to its end, and the next
+        # start waits for it.
         child = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=sink,
             stderr=subprocess.STDOUT,
             pass_fds=(lock,),
+            start_new_session=True,
             env={**os.environ, "TMPDIR": str(scratch)},
         )
     try:

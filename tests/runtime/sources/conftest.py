@@ -1,10 +1,8 @@
-"""Shared by the tests of the sources: a model's files, and an environment cut off from the user's own."""
+"""Shared by the tests of the sources: stand-in servers, and an environment cut off from the user's own."""
 
 from __future__ import annotations
 
 import functools
-import json
-import random
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,58 +14,10 @@ from botocore.awsrequest import AWSRequest
 from botocore.httpsession import URLLib3Session
 from moto.server import ThreadedMotoServer
 
-from runtime.catalogue import ModelSpec
 from runtime.weights.sources import retry
 from runtime.weights.sources import transfer as transfer_module
 from tests.runtime.sources.hub_server import HubServer
-
-
-def model_files(weight_bytes: int = 300_000, *, seed: int = 0, shards: int = 1) -> dict[str, bytes]:
-    """A model's folder, with what a repository holds besides; the weights are random bytes."""
-    rng = random.Random(seed)
-    files = {
-        "config.json": json.dumps({"model_type": "llama", "seed": seed}).encode(),
-        "generation_config.json": b"{}",
-        "tokenizer.json": b'{"model": {}}',
-        "tokenizer_config.json": b"{}",
-        "chat_template.jinja": b"{{ messages }}",
-        "README.md": b"# A model",
-        "pytorch_model.bin": b"pickle",
-        "consolidated.safetensors": b"the same once more",
-        "original/params.json": b"{}",
-        "onnx/model.onnx": b"onnx",
-        "model-q4.gguf": b"GGUF",
-    }
-    names = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
-    if shards == 1:
-        names = ["model.safetensors"]
-    else:
-        weight_map = {f"layers.{i}.weight": name for i, name in enumerate(names)}
-        files["model.safetensors.index.json"] = json.dumps({"weight_map": weight_map}).encode()
-    for name in names:
-        files[name] = rng.randbytes(weight_bytes)
-    return files
-
-
-# What of `model_files` a runtime needs.
-NEEDED = {
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "model.safetensors",
-}
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    """The visible files of a folder and what is in them."""
-    return {path.name: path.read_bytes() for path in directory.iterdir() if not path.name.startswith(".")}
-
-
-def spec(source: str, revision: str | None = None) -> ModelSpec:
-    """A catalogue entry of this source."""
-    return ModelSpec(id="model", source=source, revision=revision)
+from tests.runtime.sources.s3_server import Door, OpenDoor
 
 
 @pytest.fixture(autouse=True)
@@ -130,6 +80,21 @@ def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 @functools.cache
 def _client(server: str) -> Any:
     return boto3.client("s3", endpoint_url=server)
+
+
+@pytest.fixture
+def door(s3: Any, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[OpenDoor]:
+    """`door(fault, times)` puts a faulty door before the server."""
+    doors = []
+
+    def opened(fault: str, times: int, **options: int) -> Door:
+        doors.append(Door(s3_server, fault, times, **options))
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", doors[-1].url)
+        return doors[-1]
+
+    yield opened
+    for each in doors:
+        each.close()
 
 
 @pytest.fixture

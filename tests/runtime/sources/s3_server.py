@@ -6,11 +6,12 @@ import http.client
 import re
 import socket
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, cast, get_args
 
-from tests.runtime.sources.conftest import NEEDED, model_files
 from tests.runtime.sources.hub_server import Lie, lying_range, reset
+from tests.runtime.sources.models import NEEDED, model_files
 
 _LIES = get_args(Lie)
 
@@ -40,7 +41,7 @@ class Door:
         self.fault = fault
         self.after = after
         self.released = threading.Event()
-        self.body_bytes = 0
+        self._sent: list[int] = []
         self._times = times
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"door": self}))
@@ -55,9 +56,15 @@ class Door:
         self._server.server_close()
 
     def mend(self) -> None:
-        """Let everything go right from now on, and count bodies anew."""
+        """Let everything go right from now on, and count only what is asked for from now on."""
         with self._lock:
-            self._times = self.body_bytes = 0
+            self._times = 0
+            self._sent = []
+
+    @property
+    def body_bytes(self) -> int:
+        """How many bytes of model.safetensors went out."""
+        return sum(self._sent)
 
     def take_fault(self, path: str) -> str | None:
         """The fault that the next request for this path meets, counted down."""
@@ -67,10 +74,12 @@ class Door:
             self._times -= 1
             return self.fault
 
-    def count(self, length: int) -> None:
-        """Note that so many bytes of model.safetensors went out."""
-        with self._lock:
-            self.body_bytes += length
+    def counter(self) -> Callable[[int], None]:
+        """To be told how many bytes of one body went out."""
+        return self._sent.append
+
+
+OpenDoor = Callable[..., Door]
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -88,6 +97,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._forward(self.door.take_fault(self.path))
 
     def _forward(self, fault: str | None) -> None:
+        self.count = self.door.counter()
         headers = dict(self.headers.items())
         if fault == "whole file":
             headers.pop("Range", None)
@@ -145,4 +155,4 @@ class _Handler(BaseHTTPRequestHandler):
     def _write(self, data: bytes) -> None:
         self.wfile.write(data)
         if "model.safetensors" in self.path:
-            self.door.count(len(data))
+            self.count(len(data))

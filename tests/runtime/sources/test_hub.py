@@ -13,8 +13,8 @@ import huggingface_hub
 import pytest
 
 from runtime.weights.sources import FetchProgress, SourceError, fetch, locate
-from tests.runtime.sources.conftest import NEEDED, contents, model_files, spec
 from tests.runtime.sources.hub_server import HubServer
+from tests.runtime.sources.models import NEEDED, contents, model_files, spec
 
 SPEC = spec("hf://org/name")
 

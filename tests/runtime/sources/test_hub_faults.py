@@ -10,8 +10,8 @@ from huggingface_hub import close_session, constants
 
 from runtime.weights.sources import FetchProgress, SourceError, fetch, locate
 from runtime.weights.sources import transfer as transfer_module
-from tests.runtime.sources.conftest import NEEDED, contents, model_files, spec
 from tests.runtime.sources.hub_server import HubServer
+from tests.runtime.sources.models import NEEDED, contents, model_files, spec
 
 SPEC = spec("hf://org/name")
 

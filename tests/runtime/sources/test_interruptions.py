@@ -1,4 +1,4 @@
-"""Downloads that are killed, doubled, or out of room: real processes against the Hub stand-in."""
+"""Downloads that are killed, doubled, or out of room: real processes against stand-ins."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import collections
 import errno
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pytest
 
 from runtime.weights.sources import SourceError, fetch, locate
-from tests.runtime.sources.conftest import NEEDED, contents, model_files, spec
 from tests.runtime.sources.hub_server import HubServer
+from tests.runtime.sources.models import NEEDED, contents, model_files, spec
+from tests.runtime.sources.s3_server import OpenDoor, upload
 
 SPEC = spec("hf://org/name")
 SIZE = 6_000_000
@@ -26,7 +29,8 @@ SIZE = 6_000_000
 RANGE = 1_000_000
 BLOCK = 250_000
 
-_SMALL = NEEDED - {"model.safetensors"}
+FILES = {name: content for name, content in model_files(SIZE).items() if name in NEEDED}
+SMALL_SIZE = sum(len(content) for content in FILES.values()) - SIZE
 
 _CHILD = f"""
 import sys
@@ -34,46 +38,84 @@ from pathlib import Path
 from runtime.catalogue import ModelSpec
 from runtime.weights.sources import fetch, transfer
 
-transfer.RANGE_BYTES, transfer.BLOCK_BYTES = {RANGE}, {BLOCK}
-spec = ModelSpec(id="model", source="hf://org/name")
+transfer.RANGE_BYTES, transfer.BLOCK_BYTES = int(sys.argv[3]), {BLOCK}
+spec = ModelSpec(id="model", source=sys.argv[2])
 directory = fetch(spec, Path(sys.argv[1]), lambda p: print(p.bytes_done, p.bytes_total, flush=True))
 print(directory, flush=True)
 """
 
 
-def _start(cache_dir: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", _CHILD, str(cache_dir)], stdout=subprocess.PIPE, text=True, env=os.environ
-    )
+def _start(cache_dir: Path, source: str = SPEC.source, range_bytes: int = RANGE) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", _CHILD, str(cache_dir), source, str(range_bytes)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
-def _read_until(lines: IO[str], bytes_done: int) -> None:
+def _kill_at(child: subprocess.Popen[str], bytes_done: int) -> int:
+    """Kill the process once it says that so much is done; how much it had said last."""
+    assert child.stdout is not None
+    try:
+        said = _read_until(child.stdout, bytes_done)
+    finally:
+        child.send_signal(signal.SIGKILL)
+        rest, _ = child.communicate()
+    # The last line may be torn.
+    return max([said, *(int(line.split()[0]) for line in rest.split("\n")[:-1])])
+
+
+def _read_until(lines: IO[str], bytes_done: int) -> int:
     for line in lines:
-        if int(line.split()[0]) >= bytes_done:
-            return
+        if (said := int(line.split()[0])) >= bytes_done:
+            return said
     raise AssertionError("the download ended early")
 
 
+# What is there of each connection's range when the process is killed: two blocks, and a part of the third.
+_SENT = 2 * BLOCK + 100_000
+_KEPT = 2 * BLOCK
+
+
 def test_after_kill_9_only_what_is_missing_comes_again(hub: HubServer, cache_dir: Path) -> None:
-    files = model_files(SIZE)
-    hub.add_repo("org/name", files)
+    hub.add_repo("org/name", FILES)
     released = threading.Event()
-    # Each of the six connections gets two whole blocks and a part of the third.
-    hub.fail("/storage/", pause=lambda: released.wait(60), pause_after=2 * BLOCK + 100_000, times=6)
-    child = _start(cache_dir)
-    assert child.stdout is not None
-    small = sum(len(files[name]) for name in files if name in _SMALL)
-    try:
-        _read_until(child.stdout, 6 * 2 * BLOCK + small)
-    finally:
-        child.send_signal(signal.SIGKILL)
-        child.communicate()
-        released.set()
+    hub.fail("/storage/", pause=lambda: released.wait(60), pause_after=_SENT, times=6)
+    _kill_at(_start(cache_dir), 6 * _KEPT + SMALL_SIZE)
+    released.set()
     assert locate(SPEC, cache_dir) is None
     hub.requests.clear()
-    assert contents(fetch(SPEC, cache_dir))["model.safetensors"] == files["model.safetensors"]
-    assert SIZE - 6 * (2 * BLOCK + 100_000) <= hub.body_bytes("/storage/") <= SIZE - 6 * 2 * BLOCK
+    assert contents(fetch(SPEC, cache_dir)) == FILES
+    assert SIZE - 6 * _SENT <= hub.body_bytes("/storage/") <= SIZE - 6 * _KEPT
     assert hub.body_bytes("/resolve/") == 0
+
+
+def test_after_kill_9_of_an_s3_download_too(s3: Any, cache_dir: Path, door: OpenDoor) -> None:
+    upload(s3, FILES)
+    opened = door("stall", times=6, after=_SENT)
+    _kill_at(_start(cache_dir, "s3://models/org/name"), 6 * _KEPT + SMALL_SIZE)
+    opened.released.set()
+    assert locate(spec("s3://models/org/name"), cache_dir) is None
+    opened.mend()
+    assert contents(fetch(spec("s3://models/org/name"), cache_dir)) == FILES
+    assert SIZE - 6 * _SENT <= opened.body_bytes <= SIZE - 6 * _KEPT
+
+
+def test_killed_again_and_again_nothing_that_was_done_is_fetched_twice(
+    hub: HubServer, cache_dir: Path
+) -> None:
+    hub.add_repo("org/name", FILES)
+    # Eight connections read 60 ranges, so the download takes a second and a half.
+    hub.fail("/storage/", pause=lambda: time.sleep(0.2), pause_after=50_000, times=10_000)
+    moments = random.Random(7)
+    done = 0
+    for _ in range(3):
+        child = _start(cache_dir, range_bytes=100_000)
+        done = _kill_at(child, done + moments.randrange(100_000, SIZE // 6))
+    hub.mend()
+    hub.requests.clear()
+    assert contents(fetch(SPEC, cache_dir)) == FILES
+    assert done < SIZE
+    reads = [r.range for r in hub.requests if "/storage/" in r.path and r.range]
+    asked = [read.removeprefix("bytes=").split("-") for read in reads]
+    assert sum(int(last) + 1 - int(first) for first, last in asked) <= SIZE + SMALL_SIZE - done
 
 
 def test_two_processes_at_once_download_once(hub: HubServer, cache_dir: Path) -> None:
@@ -96,6 +138,26 @@ def test_two_processes_at_once_download_once(hub: HubServer, cache_dir: Path) ->
     assert (
         collections.Counter(r.path for r in hub.requests if "config.json" in r.path).most_common(1)[0][1] == 1
     )
+
+
+def test_who_waits_for_a_process_that_is_killed_takes_over_where_it_was(
+    hub: HubServer, cache_dir: Path
+) -> None:
+    hub.add_repo("org/name", FILES)
+    released = threading.Event()
+    hub.fail("/storage/", pause=lambda: released.wait(60), pause_after=_SENT, times=6)
+    holder = _start(cache_dir)
+    assert holder.stdout is not None
+    _read_until(holder.stdout, 6 * _KEPT + SMALL_SIZE)
+    waiter = _start(cache_dir)
+    assert waiter.stdout is not None
+    _read_until(waiter.stdout, 6 * _KEPT + SMALL_SIZE)
+    hub.requests.clear()
+    _kill_at(holder, 0)
+    output, _ = waiter.communicate(timeout=60)
+    released.set()
+    assert output.splitlines()[-1] == str(locate(SPEC, cache_dir))
+    assert hub.body_bytes("/storage/") <= SIZE - 6 * _KEPT
 
 
 def _interrupted(hub: HubServer, cache_dir: Path) -> dict[str, bytes]:
@@ -203,6 +265,43 @@ def test_a_file_system_mounted_read_only(
     with pytest.raises(SourceError, match="Read-only file system") as caught:
         fetch(SPEC, cache_dir)
     assert caught.value.kind == "read_only"
+
+
+def _fetch_on(mount: str, cache_dir: Path) -> subprocess.CompletedProcess[str]:
+    """Fetch in a process that sees the cache directory mounted in another way."""
+    cache_dir.mkdir(exist_ok=True)
+    in_own_view = ["unshare", "--map-root-user", "--mount"]
+    if not shutil.which("unshare") or subprocess.run([*in_own_view, "true"], capture_output=True).returncode:
+        pytest.skip("this user may not mount anything")
+    command = [*in_own_view, "sh", "-ec", f'{mount}; shift; exec "$@"', "sh", str(cache_dir)]
+    command += [sys.executable, "-c", _CHILD, str(cache_dir), SPEC.source, str(RANGE)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+_SMALL_DISK = 'mount -t tmpfs -o size=3m none "$1"'
+_READ_ONLY = 'mount --bind "$1" "$1"; mount -o remount,ro,bind "$1"'
+
+
+@pytest.mark.parametrize(
+    ("mount", "says"),
+    [
+        (_SMALL_DISK, "Not enough space in"),
+        (_READ_ONLY, "cannot be used: Read-only file system"),
+    ],
+    ids=["small", "read-only"],
+)
+def test_a_disk_that_cannot_take_the_model(hub: HubServer, cache_dir: Path, mount: str, says: str) -> None:
+    hub.add_repo("org/name", FILES)
+    done = _fetch_on(mount, cache_dir)
+    last = done.stderr.splitlines()[-1]
+    assert (last.startswith("runtime.weights.sources.errors.SourceError"), says in last) == (True, True), last
+
+
+def test_a_complete_model_on_a_read_only_disk_is_good_enough(hub: HubServer, cache_dir: Path) -> None:
+    hub.add_repo("org/name", FILES)
+    directory = fetch(SPEC, cache_dir)
+    done = _fetch_on(_READ_ONLY, cache_dir)
+    assert done.stdout.splitlines()[-1:] == [str(directory)], done.stderr
 
 
 # ---- what importing costs ----------------------------------------------------------------------

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from runtime.weights.sources import SourceError, fetch, locate
-from tests.runtime.sources.conftest import model_files, spec
+from tests.runtime.sources.models import model_files, spec
 
 
 def _write(directory: Path, files: dict[str, bytes]) -> Path:

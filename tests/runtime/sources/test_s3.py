@@ -10,7 +10,7 @@ import pytest
 from botocore.awsrequest import AWSRequest
 
 from runtime.weights.sources import FetchProgress, SourceError, fetch, locate
-from tests.runtime.sources.conftest import NEEDED, contents, model_files, spec
+from tests.runtime.sources.models import NEEDED, contents, model_files, spec
 from tests.runtime.sources.s3_server import needed_files, upload
 
 

