@@ -1,0 +1,88 @@
+"""Makes a model's reference answers with transformers, for the other benchmarks to check against.
+
+    python scripts/bench/reference.py --model FOLDER [--device cuda|auto|cpu] [--out FILE]
+
+Greedy tokens in float32, computed anew over the whole text at every step, without any cache. The file
+is written beside the weights; for a folder that cannot be written, name another one with --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from pathlib import Path
+from typing import Any
+
+from harness.answers import Reference, References
+from harness.checkpoint import fingerprint
+from harness.report import progress, run
+from harness.servers import model_folder
+
+ANSWER_TOKENS = 32
+COUNT_TOKENS = 128
+QUESTION = "Explain in two sentences what a hash table is."
+COUNTING = "Numbers, in order, separated by commas: " + ", ".join(map(str, range(1, 200)))
+
+
+def make(folder: Path, device: str, dtype: str) -> References:
+    """The references of the model in `folder`; device "auto" spreads it over all GPUs (with accelerate)."""
+    import torch
+    import transformers
+
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    placed = {"device_map": "auto"} if device == "auto" else {}
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), **placed
+    )
+    if not placed:
+        model = model.to(device)
+    question = QUESTION
+    if tokenizer.chat_template is not None:
+        messages = [{"role": "user", "content": QUESTION}]
+        question = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    prompts = {
+        "explain": tokenizer.encode(question, add_special_tokens=False),
+        "count": tokenizer.encode(COUNTING, add_special_tokens=False)[:COUNT_TOKENS],
+    }
+    answers = {name: _answer(model, tokenizer, name, prompt) for name, prompt in prompts.items()}
+    version = f"transformers {transformers.__version__}, {dtype}, {device}"
+    return References(fingerprint(folder), version, **answers)
+
+
+def _answer(model: Any, tokenizer: Any, name: str, prompt: list[int]) -> Reference:
+    import torch
+
+    ids, leads = list(prompt), []
+    for _ in range(ANSWER_TOKENS):
+        with torch.no_grad():
+            logits = model(torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1].float()
+        best = logits.topk(2)
+        leads.append(round(float((best.values[0] - best.values[1]) / logits.std()), 3))
+        ids.append(int(best.indices[0]))
+    answer = ids[len(prompt) :]
+    texts = [tokenizer.decode(answer[:n], skip_special_tokens=True) for n in range(len(answer) + 1)]
+    pieces = [longer[len(shorter) :] for shorter, longer in itertools.pairwise(texts)]
+    return Reference(name, prompt, answer, pieces, leads)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", metavar="MODEL", help="a folder, or as for `firstlight serve`")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, or auto: over all GPUs (default: cpu)")
+    parser.add_argument("--dtype", default="float32", help="what to compute in (default: float32)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: reference.json beside the weights")
+    options = parser.parse_args()
+    folder = model_folder(options.model)
+    references = make(folder, options.device, options.dtype)
+    path = options.out or folder / "reference.json"
+    references.write(path)
+    for reference in (references.explain, references.count):
+        certain = reference.certain()
+        progress(f"{reference.name}: {certain} certain tokens: {''.join(reference.pieces[:certain])!r}")
+    print(path)
+
+
+if __name__ == "__main__":
+    run(main)
