@@ -116,7 +116,7 @@ ENGINE_FLAGS = (
     Flag("block-size", values.count, "tokens in one block of the paged KV cache (default: 16).", "TOKENS"),
     Flag("max-num-seqs", values.count, "most sequences in one step (default: 256).", "N"),
     Flag(
-        "max-num-batched-tokens", values.count, "most tokens computed in one step (default: 2048).", "TOKENS"
+        "max-num-batched-tokens", values.count, "most tokens computed in one step (default: 8192 on a GPU, else 2048).", "TOKENS"
     ),
     Flag(
         "enable-chunked-prefill",

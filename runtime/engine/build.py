@@ -9,8 +9,9 @@ import torch
 from runtime.engine.blocks import BlockManager
 from runtime.engine.core import Engine
 from runtime.engine.host_runner import HostRunner
-from runtime.engine.memory import block_bytes, cpu_num_blocks
+from runtime.engine.memory import block_bytes, cpu_num_blocks, working_bytes
 from runtime.engine.scheduler import Scheduler
+from runtime.engine.step import Runner
 from runtime.errors import FirstlightError
 from runtime.kernels import native
 from runtime.model.config import ModelConfig
@@ -19,6 +20,8 @@ from runtime.model.families import Model
 from runtime.protocol import EngineConfig, SamplingParams, Submit
 
 Weights = Mapping[str, tuple[torch.Tensor, ...]]
+# On a CPU a step of this many prompt tokens takes seconds already; a GPU needs many to be busy.
+_MAX_NUM_BATCHED_TOKENS = {"cpu": 2048, "cuda": 8192}
 _DTYPES = {
     "float32": torch.float32, "float": torch.float32, "float16": torch.float16, "half": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -30,16 +33,17 @@ class SettingError(FirstlightError):
 
 
 def build_engine(
-    config: EngineConfig, model: Model, weights: Weights
-) -> tuple[Engine, torch.device, torch.dtype]:
-    """The engine, the device it runs on and the dtype it computes in. Raises `SettingError`."""
-    device = _device(config)
+    config: EngineConfig, model: Model, weights: Weights, device_type: str
+) -> tuple[Engine, torch.dtype]:
+    """The engine on `cpu` or `cuda`, and the dtype it computes in. Raises `SettingError`."""
+    device = _device(device_type)
     dtype = _dtype(config, model.config, device)
     max_model_len = _max_model_len(config, model.config)
-    _check_budget(config, max_model_len)
-    bytes_per_block = block_bytes(model.config, config.block_size, dtype)
     most = config.max_num_seqs * -(-max_model_len // config.block_size)
-    num_blocks = _num_blocks(config, device, bytes_per_block, most)
+    weights = _placed(weights, device, dtype)
+    budget = config.max_num_batched_tokens or _MAX_NUM_BATCHED_TOKENS[device.type]
+    _check_budget(config, budget, max_model_len)
+    num_blocks = _num_blocks(config, model.config, device, dtype, budget, most)
     held = num_blocks * config.block_size
     if held < max_model_len:
         if config.max_model_len is not None:
@@ -51,22 +55,30 @@ def build_engine(
     if device.type == "cpu":
         # With the compiled kernels, which bring their own threads, torch's would only get in the way.
         torch.set_num_threads(native.default_threads() if native.library() is None else 1)
-    decoder = Decoder(model.config, _placed(weights, device, dtype), max_model_len, dtype)
-    runner = HostRunner(decoder, num_blocks, config.block_size, dtype)
+    decoder = Decoder(model.config, weights, max_model_len, dtype)
     blocks = BlockManager(num_blocks, config.block_size, config.enable_prefix_caching)
-    budget = config.max_num_batched_tokens
+    runner: Runner
+    if device.type == "cpu":
+        runner = HostRunner(decoder, num_blocks, config.block_size, dtype)
+    else:
+        from runtime.engine.device_runner import DeviceRunner
+
+        runner = DeviceRunner(
+            decoder, num_blocks, config.block_size, config.max_num_seqs, budget, max_model_len, dtype
+        )
     scheduler = Scheduler(blocks, config.max_num_seqs, budget, config.enable_chunked_prefill)
     engine = Engine(runner, scheduler, max_model_len, config.seed)
     _check_answer(engine)
-    return engine, device, dtype
+    return engine, dtype
 
 
-def _device(config: EngineConfig) -> torch.device:
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise SettingError("--device cuda was asked for, but torch finds no GPU that it can use.")
-    return torch.device(config.device)
+def _device(device_type: str) -> torch.device:
+    if device_type == "cuda" and not torch.cuda.is_available():
+        raise SettingError(
+            "There is a GPU, but the installed torch cannot use it: install a build of torch for CUDA, or "
+            "choose --device cpu."
+        )
+    return torch.device(device_type)
 
 
 def _dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
@@ -96,20 +108,31 @@ def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
     return asked
 
 
-def _check_budget(config: EngineConfig, max_model_len: int) -> None:
-    if not config.enable_chunked_prefill and config.max_num_batched_tokens < max_model_len:
+def _check_budget(config: EngineConfig, budget: int, max_model_len: int) -> None:
+    if not config.enable_chunked_prefill and budget < max_model_len:
         raise SettingError(
-            f"--max-num-batched-tokens {config.max_num_batched_tokens} is less than --max-model-len "
+            f"--max-num-batched-tokens {budget} is less than --max-model-len "
             f"{max_model_len}: without chunked prefill, a step must be able to take a whole prompt."
         )
 
 
-def _num_blocks(config: EngineConfig, device: torch.device, bytes_per_block: int, most: int) -> int:
+def _num_blocks(
+    config: EngineConfig,
+    model: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    budget: int,
+    most: int,
+) -> int:
+    bytes_per_block = block_bytes(model, config.block_size, dtype)
     if device.type == "cpu":
         return cpu_num_blocks(config.kv_cache_bytes, bytes_per_block, most)
-    free, total = torch.cuda.mem_get_info(device)
-    budget = config.kv_cache_bytes or int(free - total * (1 - config.gpu_memory_utilization))
-    return min(budget // bytes_per_block, most)
+    room = config.kv_cache_bytes
+    if room is None:
+        free, total = torch.cuda.mem_get_info(device)
+        spare = working_bytes(model, budget, config.max_num_seqs, dtype)
+        room = int(free - total * (1 - config.gpu_memory_utilization)) - spare
+    return max(0, min(room // bytes_per_block, most))
 
 
 def _placed(weights: Weights, device: torch.device, dtype: torch.dtype) -> Weights:
@@ -123,7 +146,7 @@ def _check_answer(engine: Engine) -> None:
     """Compute one token before anyone is let in: weights that are not what they should be show here."""
     sampling = SamplingParams(max_tokens=1, temperature=0.0, logprobs=0)
     engine.submit(Submit(request_id="canary", prompt_token_ids=[0], sampling=sampling))
-    (delta,) = engine.step().deltas
-    if not all(abs(entry.logprob) < float("inf") for entry in delta.logprobs):
+    deltas = engine.step().deltas or engine.step().deltas
+    if not all(abs(entry.logprob) < float("inf") for delta in deltas for entry in delta.logprobs):
         raise SettingError("The model's first logits are not finite numbers: its weight files are damaged.")
     engine.reset_counters()

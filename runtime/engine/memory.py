@@ -6,15 +6,25 @@ from pathlib import Path
 
 import torch
 
+from runtime.engine.scheduler import PROMPT_LOGPROBS_CHUNK
 from runtime.model.config import ModelConfig
 
 # Of the memory that is free on a CPU machine. Pages of the pool that are never used are never touched.
 _CPU_FRACTION = 0.3
+# Work space of the libraries, captured graphs, and what an allocator cannot use of what it holds.
+_LIBRARIES_BYTES = 1 << 30
 
 
 def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
     """What one block of keys and values takes in all layers."""
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * block_size * dtype.itemsize
+
+
+def working_bytes(config: ModelConfig, num_tokens: int, max_num_seqs: int, dtype: torch.dtype) -> int:
+    """What a step of `num_tokens` tokens takes on a GPU beside weights and cache, generously."""
+    widest = 2 * config.intermediate_size + config.intermediate_size + 4 * config.hidden_size
+    logits = max(max_num_seqs, PROMPT_LOGPROBS_CHUNK) * config.vocab_size * 4
+    return num_tokens * widest * dtype.itemsize + 4 * logits + _LIBRARIES_BYTES
 
 
 def available_bytes() -> int:

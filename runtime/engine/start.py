@@ -18,8 +18,10 @@ from runtime.model.families import Model, read_model
 from runtime.protocol import EngineConfig, Event, Progress, Ready
 from runtime.weights import sources
 from runtime.weights.checkpoint import read_checkpoint
+from runtime.weights.cuda_driver import CudaError, Driver
 from runtime.weights.loader import MappedWeights
 from runtime.weights.plan import Plan, make_plan
+from runtime.weights.upload import DeviceWeights
 
 if TYPE_CHECKING:
     from runtime.engine.core import Engine
@@ -39,7 +41,7 @@ class Preparation(threading.Thread):
         self.marks: dict[str, float] = {}
         self.model: Model
         self.plan: Plan
-        self.weights: MappedWeights
+        self.weights: MappedWeights | DeviceWeights
 
     def run(self) -> None:
         """The thread's work."""
@@ -62,10 +64,15 @@ class Preparation(threading.Thread):
         )
         self._mark("plan")
         self._send(Progress(phase="load", bytes_total=self.plan.read_bytes, directory=str(directory)))
-        self.weights = MappedWeights(self.plan)
+        driver = None if self._config.device == "cpu" else _driver(required=self._config.device == "cuda")
+        if driver is None:
+            self.weights = MappedWeights(self.plan)
+            native.build()
+        else:
+            self._mark("device")
+            self.weights = DeviceWeights(self.plan, driver)
         self._mark("first_byte")
-        native.build()
-        self.weights.read_ahead(lambda done: self._progress("load", done, self.weights.num_bytes))
+        self.weights.load(lambda done: self._progress("load", done, self.weights.num_bytes))
         self._mark("last_byte")
 
     def _fetch(self) -> Path:
@@ -90,6 +97,16 @@ class Preparation(threading.Thread):
         self.marks[name] = marks.since_exec()
 
 
+def _driver(required: bool) -> Driver | None:
+    """The GPU's driver; without a GPU None, or the error if one is required."""
+    try:
+        return Driver()
+    except CudaError:
+        if required:
+            raise
+        return None
+
+
 def start(config: EngineConfig, send: Callable[[Event], None]) -> tuple[Engine, Ready]:
     """Load the model and build its engine. Raises `FirstlightError` for what a person must mend."""
     preparation = Preparation(config, send)
@@ -99,9 +116,10 @@ def start(config: EngineConfig, send: Callable[[Event], None]) -> tuple[Engine, 
 
     torch_imported = marks.since_exec()
     preparation.finish()
-    engine, device, dtype = build_engine(config, preparation.model, preparation.weights.tensors())
+    device = "cpu" if isinstance(preparation.weights, MappedWeights) else "cuda"
+    engine, dtype = build_engine(config, preparation.model, preparation.weights.tensors(), device)
     ready = Ready(
-        device=str(device),
+        device=device,
         dtype=str(dtype).removeprefix("torch."),
         max_model_len=engine.max_model_len,
         vocab_size=engine.vocab_size,

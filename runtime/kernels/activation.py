@@ -10,6 +10,10 @@ from runtime.kernels import native
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """[m, 2 n], gates then ups -> [m, n]: silu(gate) * up."""
+    if gate_up.device.type == "cuda":
+        from runtime.kernels.gpu import activation
+
+        return activation.silu_mul(gate_up, gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2)))
     lib = native.library() if gate_up.device.type == "cpu" else None
     if lib is None:
         return silu_mul_torch(gate_up)

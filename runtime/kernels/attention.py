@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from runtime.kernels import native
-from runtime.kernels.batch import PackedBatch
+from runtime.kernels.batch import DeviceBatch, PackedBatch
 
 
 def query_tile(num_heads: int, num_kv_heads: int, head_dim: int, block_size: int) -> int:
@@ -28,6 +28,8 @@ def attention(
 
     The new tokens' keys and values are in the cache already.
     """
+    if isinstance(batch, DeviceBatch):
+        return _attention_gpu(qkv, keys, values, batch, num_heads, scale)
     _, num_kv_heads, block_size, head_dim = values.shape
     native_tile = qkv.device.type == "cpu" and query_tile(num_heads, num_kv_heads, head_dim, block_size)
     lib = native.library()
@@ -41,6 +43,35 @@ def attention(
         num_heads, num_kv_heads, head_dim, block_size, scale,
     )  # fmt: skip
     return out
+
+
+def _attention_gpu(
+    qkv: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    batch: DeviceBatch,
+    num_heads: int,
+    scale: float,
+) -> torch.Tensor:
+    from runtime.kernels.gpu.attention_decode import paged_decode
+    from runtime.kernels.gpu.attention_prefill import paged_prefill
+
+    head_dim = values.shape[3]
+    q = qkv.view(qkv.shape[0], -1, head_dim)[:, :num_heads]
+    out = torch.empty((qkv.shape[0], num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+    n = batch.num_decodes
+    if n:
+        paged_decode(
+            q[:n], keys, values, batch.block_tables, batch.table_rows[:n], batch.seq_lens[:n], out[:n],
+            scale=scale, num_splits=batch.decode_splits, workspace=batch.workspace,
+        )  # fmt: skip
+    if n < q.shape[0]:
+        paged_prefill(
+            q, keys, values, batch.block_tables, batch.query_start, batch.seq_lens[n:], batch.work_items, out,
+            scale=scale, table_rows=batch.table_rows[n:], num_splits=batch.prefill_splits,
+            workspace=batch.workspace,
+        )  # fmt: skip
+    return out.view(qkv.shape[0], -1)
 
 
 def attention_torch(

@@ -71,6 +71,13 @@ def linear(x: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
     return y
 
 
+def logits_of(x: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
+    """x [m, in_features] -> [m, out_features] in float32, however narrow x and the weights are."""
+    if x.device.type == "cuda" and x.dtype != torch.float32 and weights.biases[0] is None:
+        return torch.mm(x, weights.weights[0].t(), out_dtype=torch.float32)
+    return linear(x, weights).float()
+
+
 def linear_torch(x: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
     """The plain twin of `linear`, for any device and dtype."""
     outputs = [

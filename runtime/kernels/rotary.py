@@ -1,7 +1,7 @@
 """Rotary position embedding, fused with the write of keys and values into the paged cache.
 
-The cache of one layer is two tensors. Keys lie transposed within a block,
-[num_blocks, num_kv_heads, head_dim, block_size], so that one query meets neighbouring tokens in
+The cache of one layer is two tensors; on a GPU see `gpu/rotary.py`. On a CPU keys lie transposed within
+a block, [num_blocks, num_kv_heads, head_dim, block_size], so that one query meets neighbouring tokens in
 neighbouring lanes; values are [num_blocks, num_kv_heads, block_size, head_dim].
 """
 
@@ -27,6 +27,11 @@ def rotary_store(
     cos_sin  [max_position, 2, rotary_dim / 2] float32; the first half of the rotated dimensions turns
              with the second ("neox" layout); dimensions past rotary_dim pass through
     """
+    if qkv.device.type == "cuda":
+        from runtime.kernels.gpu import rotary
+
+        rotary.rotary_store(qkv, cos_sin, positions, slots, keys, values, num_heads)
+        return
     lib = native.library() if qkv.device.type == "cpu" else None
     if lib is None:
         rotary_store_torch(qkv, cos_sin, positions, slots, keys, values, num_heads)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from runtime.kernels.batch import PackedBatch
-from runtime.kernels.linear import LinearWeights, linear
+from runtime.kernels.linear import LinearWeights, logits_of
 from runtime.model.config import ModelConfig
 from runtime.model.layers import MLP, Attention, Embedding, LayerCache, RMSNorm, Weights
 from runtime.model.rope import cos_sin_table
@@ -40,7 +40,7 @@ class Decoder:
     def __init__(self, config: ModelConfig, weights: Weights, max_model_len: int, dtype: torch.dtype) -> None:
         self.config = config
         self.embedding = Embedding(weights["embedding"][0], dtype)
-        cos_sin = cos_sin_table(config.rope, max_model_len)
+        cos_sin = cos_sin_table(config.rope, max_model_len).to(self.embedding.table.device)
         self.layers = [DecoderLayer(config, weights, index, cos_sin) for index in range(config.num_layers)]
         self.norm = RMSNorm(weights, "norm", config.rms_norm_eps)
         self.head = LinearWeights(weights["embedding" if config.tie_word_embeddings else "head"])
@@ -55,10 +55,10 @@ class Decoder:
             x = layer.transform(x, residual)
         layer, layer_cache = last
         x = layer.attend(x, residual, batch, layer_cache)
-        if batch.logits_rows.shape[0] < residual.shape[0]:
+        if batch.logits_rows is not None and batch.logits_rows.shape[0] < residual.shape[0]:
             # Past the last layer's attention, only the rows whose next token is wanted matter.
             x, residual = x[batch.logits_rows], residual[batch.logits_rows]
         if not residual.shape[0]:
             return residual.new_empty((0, self.config.vocab_size), dtype=torch.float32)
         x = layer.transform(x, residual)
-        return linear(self.norm(x, residual), self.head).float()
+        return logits_of(self.norm(x, residual), self.head)

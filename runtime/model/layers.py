@@ -29,8 +29,11 @@ class LayerCache:
 
 def linear_weights(weights: Weights, name: str) -> LinearWeights:
     """The (possibly fused) projection `name` with its bias, if the checkpoint has one."""
-    biases = weights.get(f"{name}_bias")
-    return LinearWeights(weights[name], () if biases is None else [bias.float() for bias in biases])
+    biases = weights.get(f"{name}_bias", ())
+    # The CPU's kernels add biases in float32; a GPU's library wants them as the weights are.
+    return LinearWeights(
+        weights[name], [bias.float() if bias.device.type == "cpu" else bias for bias in biases]
+    )
 
 
 class Embedding:
@@ -41,7 +44,12 @@ class Embedding:
         self.dtype = dtype
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """[T] int64 -> [T, hidden_size]"""
+        """[T] -> [T, hidden_size]"""
+        if self.table.device.type == "cuda":
+            from runtime.kernels.gpu.embedding import embedding
+
+            out = self.table.new_empty((token_ids.shape[0], self.table.shape[1]), dtype=self.dtype)
+            return embedding(token_ids, self.table, out)
         return self.table.index_select(0, token_ids).to(self.dtype)
 
 

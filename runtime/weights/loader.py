@@ -25,7 +25,7 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 class MappedWeights:
-    """The plan's files in memory. Constructing maps them; `read_ahead` brings their pages in."""
+    """The plan's files in memory. Constructing maps them; `load` brings their pages in."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -40,7 +40,7 @@ class MappedWeights:
         """Size of all mapped files."""
         return sum(len(mapped) for mapped in self._maps.values())
 
-    def read_ahead(self, on_progress: Callable[[int], None]) -> None:
+    def load(self, on_progress: Callable[[int], None]) -> None:
         """Touch every page, in file order; `on_progress` is told the bytes brought in so far.
 
         The waiting happens in the kernel with Python's lock released.

@@ -1,0 +1,243 @@
+"""Carries out steps on a GPU, one step ahead of what the host has seen.
+
+What a decode needs of its sequence is on the device already: its last token, its length, its blocks. So a
+step is launched before the tokens of the step before have reached the host, and all that it sends is
+which sequences take part, their new blocks, and the tokens of prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from runtime.engine.graphs import DecodeGraphs
+from runtime.engine.request_table import BlockUpdate, RequestTable
+from runtime.engine.scheduler import Scheduled
+from runtime.engine.staging import Staging
+from runtime.engine.step import StepResult
+from runtime.kernels.batch import DeviceBatch
+from runtime.kernels.gpu.attention_decode import decode_workspace, splits_for
+from runtime.kernels.gpu.attention_prefill import (
+    prefill_splits,
+    prefill_tile,
+    prefill_work_items,
+    prefill_workspace,
+)
+from runtime.kernels.gpu.attention_tile import Workspace
+from runtime.kernels.gpu.prepare import apply_updates, prepare_decode
+from runtime.model.decoder import Decoder
+from runtime.model.layers import LayerCache
+
+_RING = 3
+
+
+@dataclass(slots=True)
+class _UnderWay:
+    """A step on the device; `order[i]` is the row of the i-th sequence that samples."""
+
+    tokens: torch.Tensor
+    order: list[int]
+    done: torch.cuda.Event
+
+    def result(self) -> StepResult:
+        self.done.synchronize()
+        tokens = self.tokens.tolist()
+        return StepResult([tokens[row] for row in self.order], [None] * len(self.order))
+
+
+class DeviceRunner:
+    """The model, its paged cache and its requests' state on one GPU; a `Runner`."""
+
+    steps_ahead = 1
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        dtype: torch.dtype,
+    ) -> None:
+        config = decoder.config
+        device = torch.device("cuda", torch.cuda.current_device())
+        self.decoder = decoder
+        self.vocab_size = config.vocab_size
+        self._config = config
+        self._block_size = block_size
+        self._max_model_len = max_model_len
+        self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        torch.cuda.set_stream(self._stream)
+        shape = (2, num_blocks, config.num_kv_heads, block_size, config.head_dim)
+        self._cache = [
+            LayerCache(*torch.empty(shape, dtype=dtype, device=device)) for _ in range(config.num_layers)
+        ]
+        self._table = RequestTable(max_num_seqs, -(-max_model_len // block_size), device)
+        self._staging = Staging(device, _RING)
+        size = max(max_num_seqs, max_num_batched_tokens)
+        self._token_ids, self._positions, self._slots, self._seq_lens = torch.zeros(
+            (4, size), dtype=torch.int32, device=device
+        )
+        # What a graph reads must stay where it is: the decoding slots, and their new blocks.
+        self._rows = torch.full((max_num_seqs,), -1, dtype=torch.int32, device=device)
+        self._updates = torch.zeros((max_num_seqs, 3), dtype=torch.int32, device=device)
+        self._num_updates = torch.zeros(1, dtype=torch.int32, device=device)
+        self._tile = prefill_tile(config.num_heads, config.num_kv_heads, config.head_dim, dtype.itemsize)
+        self._workspace = self._allocate_workspace(max_num_seqs, dtype, device)
+        self._sampled = [torch.empty(max_num_seqs, dtype=torch.int32, pin_memory=True) for _ in range(_RING)]
+        self._turn = 0
+        self.graphs = DecodeGraphs(max_num_seqs, self._decode)
+
+    def _allocate_workspace(self, max_num_seqs: int, dtype: torch.dtype, device: torch.device) -> Workspace:
+        config = self._config
+        rows = max(
+            batch * config.num_heads * self._decode_splits(batch)
+            for batch in DecodeGraphs.sizes(max_num_seqs)
+        )
+        decode = decode_workspace(
+            max_num_seqs, config.num_heads, config.num_kv_heads, config.head_dim, 1, device
+        )
+        prefill = prefill_workspace(
+            config.num_kv_heads, config.head_dim, dtype.itemsize, self._num_sms, device
+        )
+        tiles = max(decode.counters.numel(), prefill.counters.numel())
+        return Workspace.allocate(max(rows, prefill.logs.numel()), config.head_dim, tiles, device)
+
+    def _decode_splits(self, batch: int) -> int:
+        return splits_for(batch, self._config.num_kv_heads, self._max_model_len, self._num_sms)
+
+    @torch.inference_mode()
+    def launch(self, scheduled: Rows[Scheduled]) -> _UnderWay:
+        """Begin to compute what is scheduled; see `Runner.launch`."""
+        decodes = [item for item in scheduled if item.decodes]
+        others = [item for item in scheduled if not item.decodes]
+        updates = self._table.block_updates(scheduled)
+        if others:
+            rows, logits = self._mixed(decodes, others, updates)
+        else:
+            rows, logits = self._decode_only(decodes, updates)
+        tokens = logits.argmax(-1).int()
+        self._table.last_token[rows] = tokens
+        self._turn = (self._turn + 1) % _RING
+        sampled = self._sampled[self._turn][: tokens.shape[0]]
+        sampled.copy_(tokens, non_blocking=True)
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record(self._stream)
+        samplers = [*decodes, *(item for item in others if item.samples)]
+        row_of = {id(item): row for row, item in enumerate(samplers)}
+        return _UnderWay(sampled, [row_of[id(item)] for item in scheduled if item.samples], done)
+
+    def _decode_only(
+        self, decodes: Rows[Scheduled], updates: list[BlockUpdate]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One token for each sequence: (their slots, padded, and the logits) from a captured graph."""
+        size = self.graphs.padded(len(decodes))
+        if size not in self.graphs:
+            self._rows.fill_(-1)
+            self._num_updates.zero_()
+            self.graphs.capture(size)
+        slots = [item.sequence.slot for item in decodes] + [-1] * (size - len(decodes))
+        rows, new_blocks, count = self._staging.send([slots, np.array(updates, np.int32), [len(updates)]])
+        self._rows[:size].copy_(rows)
+        self._num_updates.copy_(count)
+        self._updates.view(-1)[: len(new_blocks)].copy_(new_blocks)
+        return self._rows[:size], self.graphs.replay(size)
+
+    def _decode(self, size: int) -> torch.Tensor:
+        """What a graph of `size` sequences holds; the logits, [size, vocab_size] float32."""
+        table, rows = self._table, self._rows[:size]
+        apply_updates(self._updates[:size], self._num_updates, table.block_tables)
+        self._prepare(rows)
+        table.seq_len[rows] += 1
+        return self.decoder.forward(self._batch(size, size), self._cache)
+
+    def _prepare(self, rows: torch.Tensor) -> None:
+        n, table = rows.shape[0], self._table
+        prepare_decode(
+            rows, table.last_token, table.seq_len, table.block_tables, self._block_size,
+            self._token_ids[:n], self._positions[:n], self._slots[:n], self._seq_lens[:n],
+        )  # fmt: skip
+
+    def _batch(
+        self,
+        num_tokens: int,
+        num_decodes: int,
+        prefill: tuple[torch.Tensor, ...] | None = None,
+        prefill_splits: int = 1,
+    ) -> DeviceBatch:
+        none = self._rows[:0]
+        query_start, seq_lens, table_rows, work_items, logits_rows = prefill or (none, none, none, none, None)
+        return DeviceBatch(
+            token_ids=self._token_ids[:num_tokens],
+            positions=self._positions[:num_tokens],
+            slots=self._slots[:num_tokens],
+            query_start=query_start,
+            seq_lens=torch.cat((self._seq_lens[:num_decodes], seq_lens))
+            if prefill
+            else self._seq_lens[:num_decodes],
+            block_tables=self._table.block_tables,
+            work_items=work_items.view(-1, 2),
+            logits_rows=logits_rows,
+            table_rows=torch.cat((self._rows[:num_decodes], table_rows))
+            if prefill
+            else self._rows[:num_decodes],
+            num_decodes=num_decodes,
+            decode_splits=self._decode_splits(max(1, num_decodes)),
+            prefill_splits=prefill_splits,
+            workspace=self._workspace,
+        )
+
+    def _mixed(
+        self, decodes: Rows[Scheduled], others: Rows[Scheduled], updates: list[BlockUpdate]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A step with prompts in it, run eagerly: (the slots that sample, and their logits)."""
+        n = len(decodes)
+        counts = [item.num_new for item in others]
+        ends = np.cumsum([n, *counts])
+        lengths = [item.start + item.num_new for item in others]
+        items = prefill_work_items(counts, lengths, self._tile)
+        samplers = [index for index, item in enumerate(others) if item.samples]
+        decoding, sampling = (
+            [item.sequence.slot for item in group] for group in (decodes, [others[i] for i in samplers])
+        )
+        (
+            rows, new_blocks, count, token_ids, positions, slots, query_start, seq_lens, table_rows,
+            work_items, logits_rows, new_lengths,
+        ) = self._staging.send([
+            decoding + sampling,
+            np.array(updates, np.int32),
+            [len(updates)],
+            np.concatenate([i.sequence.token_ids[i.start : i.start + i.num_new] for i in others]),
+            np.concatenate([np.arange(i.start, i.start + i.num_new) for i in others]),
+            np.concatenate([self._slots_of(item) for item in others]),
+            ends,
+            lengths,
+            [item.sequence.slot for item in others],
+            items,
+            [*range(n), *(ends[index + 1] - 1 for index in samplers)],
+            [lengths[index] for index in samplers],
+        ])  # fmt: skip
+        if updates:
+            apply_updates(new_blocks.view(-1, 3), count, self._table.block_tables)
+        total = int(ends[-1])
+        if n:
+            self._rows[:n].copy_(rows[:n])
+            self._prepare(rows[:n])
+            self._table.seq_len[rows[:n]] += 1
+        self._token_ids[n:total].copy_(token_ids)
+        self._positions[n:total].copy_(positions)
+        self._slots[n:total].copy_(slots)
+        self._table.seq_len[rows[n:]] = new_lengths
+        splits = prefill_splits(len(items), self._config.num_kv_heads, max(lengths), self._num_sms)
+        batch = self._batch(total, n, (query_start, seq_lens, table_rows, work_items, logits_rows), splits)
+        return rows, self.decoder.forward(batch, self._cache)
+
+    def _slots_of(self, item: Scheduled) -> np.ndarray:
+        blocks = np.asarray(item.sequence.table.block_ids, np.int64)
+        span = np.arange(item.start, item.start + item.num_new)
+        return blocks[span // self._block_size] * self._block_size + span % self._block_size

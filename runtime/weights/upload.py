@@ -1,0 +1,213 @@
+"""Runs a plan on a GPU: all of a rank's weights into one arena, as fast as the slowest wire between.
+
+Several threads read the files' ranges straight into small pinned buffers and copy from there, two
+buffers each, so that reading and copying overlap. The driver is called directly: none of this needs
+torch, which is imported meanwhile. Pinning is slow, so the model itself is never pinned on the way.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runtime.weights.checkpoint import CheckpointError
+from runtime.weights.cuda_driver import Driver
+from runtime.weights.plan import Piece, Plan, PlannedParameter
+
+if TYPE_CHECKING:
+    import torch
+
+# Measured on an H100 host: 12 readers with two buffers of 8 MiB each come closest to the page cache's
+# speed; larger buffers leave the processor's caches, fewer readers leave cores idle.
+NUM_READERS = 12
+BUFFER_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A run of a file that fits a buffer, and where in the arena it goes.
+
+    Of each `pitch` bytes of the run, `width` from `skip` on are copied; usually that is all of them.
+    """
+
+    file: Path
+    start: int
+    num_bytes: int
+    target: int
+    skip: int
+    width: int
+    pitch: int
+
+
+def chunks_of(plan: Plan, buffer_bytes: int = BUFFER_BYTES) -> Iterator[Chunk]:
+    """Cut everything that the plan reads into chunks, in the order of the plan."""
+    for parameter in plan.parameters:
+        offset = parameter.offset
+        for piece in parameter.pieces:
+            yield from _chunks(piece, offset, buffer_bytes)
+            offset += piece.num_bytes
+
+
+def _chunks(piece: Piece, offset: int, buffer_bytes: int) -> Iterator[Chunk]:
+    tensor, (first, last) = piece.tensor, piece.rows
+    row_bytes = (tensor.stop - tensor.start) // max(1, tensor.shape[0]) if tensor.shape else tensor.item_bytes
+    start, stop = tensor.start + first * row_bytes, tensor.start + last * row_bytes
+    skip, width = 0, row_bytes
+    if len(tensor.shape) > 1:
+        skip, width = (
+            piece.columns[0] * tensor.item_bytes,
+            (piece.columns[1] - piece.columns[0]) * tensor.item_bytes,
+        )
+    if width == row_bytes:
+        # Whole rows lie close together in the file: where they are cut does not matter.
+        for at in range(start, stop, buffer_bytes):
+            size = min(buffer_bytes, stop - at)
+            yield Chunk(tensor.file, at, size, offset + at - start, 0, size, size)
+        return
+    step = max(1, buffer_bytes // row_bytes)
+    for row in range(0, last - first, step):
+        rows = min(step, last - first - row)
+        yield Chunk(
+            tensor.file,
+            start + row * row_bytes,
+            rows * row_bytes,
+            offset + row * width,
+            skip,
+            width,
+            row_bytes,
+        )
+
+
+class DeviceWeights:
+    """The plan's weights in one arena on the device. Constructing allocates it; `load` fills it."""
+
+    def __init__(self, plan: Plan, driver: Driver) -> None:
+        self.plan = plan
+        self._driver = driver
+        self.address = driver.allocate(max(1, plan.arena_bytes))
+        self._chunks = chunks_of(plan)
+        self._lock = threading.Lock()
+        self._done = 0
+        self._error: Exception | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that are read from files."""
+        return self.plan.read_bytes
+
+    def load(self, on_progress: Callable[[int], None]) -> None:
+        """Fill the arena; returns when every byte is on the device.
+
+        `on_progress` is told the bytes done so far. Raises `CheckpointError` and `CudaError`.
+        """
+        readers = [
+            threading.Thread(target=self._read, args=(on_progress,), name=f"upload-{n}", daemon=True)
+            for n in range(NUM_READERS)
+        ]
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join()
+        if self._error is not None:
+            raise self._error
+
+    def _read(self, on_progress: Callable[[int], None]) -> None:
+        try:
+            self._driver.enter()
+            ring = _Ring(self._driver)
+            files: dict[Path, int] = {}
+            try:
+                while (chunk := self._next()) is not None:
+                    if chunk.file not in files:
+                        files[chunk.file] = os.open(chunk.file, os.O_RDONLY)
+                    ring.send(files[chunk.file], chunk, self.address)
+                    with self._lock:
+                        self._done += chunk.num_bytes
+                        on_progress(self._done)
+            finally:
+                ring.close()
+                for descriptor in files.values():
+                    os.close(descriptor)
+        except Exception as error:  # `load` raises it in the caller's thread
+            self._error = error
+
+    def _next(self) -> Chunk | None:
+        with self._lock:
+            return None if self._error is not None else next(self._chunks, None)
+
+    def tensors(self) -> dict[str, tuple[torch.Tensor, ...]]:
+        """Each parameter as one view of the arena, fused ones as a whole, in the checkpoint's dtype."""
+        import torch
+
+        arena = torch.as_tensor(_Adopted(self.address, max(1, self.plan.arena_bytes)), device="cuda")
+        return {parameter.name: (_view(arena, parameter),) for parameter in self.plan.parameters}
+
+
+class _Ring:
+    """One reader's buffers, its stream, and what tells when a buffer is free again."""
+
+    def __init__(self, driver: Driver, num_buffers: int = 2) -> None:
+        self._driver = driver
+        self._stream = driver.stream()
+        self._addresses = [driver.allocate_pinned(BUFFER_BYTES) for _ in range(num_buffers)]
+        self._views = [
+            memoryview((ctypes.c_char * BUFFER_BYTES).from_address(address)).cast("B")
+            for address in self._addresses
+        ]
+        self._free = [driver.event() for _ in range(num_buffers)]
+        self._turn = 0
+
+    def send(self, descriptor: int, chunk: Chunk, arena: int) -> None:
+        """Read a chunk and begin to copy it."""
+        turn = self._turn
+        self._turn = (turn + 1) % len(self._addresses)
+        self._driver.wait(self._free[turn])
+        _read_fully(descriptor, self._views[turn], chunk)
+        source, target = self._addresses[turn] + chunk.skip, arena + chunk.target
+        if chunk.width == chunk.pitch:
+            self._driver.copy(target, source, chunk.num_bytes, self._stream)
+        else:
+            rows = chunk.num_bytes // chunk.pitch
+            self._driver.copy_rows(target, source, chunk.width, rows, chunk.pitch, self._stream)
+        self._driver.record(self._free[turn], self._stream)
+
+    def close(self) -> None:
+        """Wait for the copies and give the buffers back."""
+        for event, address in zip(self._free, self._addresses, strict=True):
+            self._driver.wait(event)
+            self._driver.free_pinned(address)
+
+
+def _read_fully(descriptor: int, buffer: memoryview, chunk: Chunk) -> None:
+    done = 0
+    while done < chunk.num_bytes:
+        count = os.preadv(descriptor, [buffer[done : chunk.num_bytes]], chunk.start + done)
+        if count == 0:
+            raise CheckpointError(
+                f"{chunk.file} ends before byte {chunk.start + chunk.num_bytes}: it was cut short."
+            )
+        done += count
+
+
+class _Adopted:
+    """Device memory as torch takes it over: https://numba.readthedocs.io, "CUDA Array Interface"."""
+
+    def __init__(self, address: int, num_bytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (num_bytes,), "typestr": "|u1", "data": (address, False), "version": 3, "strides": None,
+        }  # fmt: skip
+
+
+def _view(arena: torch.Tensor, parameter: PlannedParameter) -> torch.Tensor:
+    import torch
+
+    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    first = parameter.pieces[0]
+    size = sum(piece.num_bytes for piece in parameter.pieces)
+    flat = arena[parameter.offset : parameter.offset + size].view(dtypes[first.tensor.dtype])
+    return flat if len(first.shape) == 1 else flat.view(-1, first.shape[1])
