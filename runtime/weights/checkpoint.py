@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-import struct
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ from runtime.errors import FirstlightError
 
 # The reference implementation refuses longer headers too.
 MAX_HEADER_BYTES = 100_000_000
+# More than any model has, and few enough that a product of sizes is computed at once.
+_MAX_DIMS = 16
+_MAX_SIZE = 1 << 63
 ITEM_BYTES = {
     "F64": 8,
     "F32": 4,
@@ -61,7 +64,7 @@ def read_checkpoint(directory: Path) -> dict[str, TensorInfo]:
         for tensor in _read_header(file):
             if tensor.name in tensors:
                 raise CheckpointError(
-                    f"Tensor {tensor.name} is in both {tensors[tensor.name].file} and {file}."
+                    f"Tensor {_quoted(tensor.name)} is in both {tensors[tensor.name].file} and {file}."
                 )
             tensors[tensor.name] = tensor
     return tensors
@@ -78,35 +81,39 @@ def _files(directory: Path) -> list[Path]:
             )
         return files
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        names = sorted(set(_parse_json(index.read_bytes())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is not a safetensors index: {error!r}.") from error
+    present = set(os.listdir(directory))
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(f"{index}: {name!r} is not a plain file name.")
-        if not (directory / name).exists():
+            raise CheckpointError(f"{index}: {_quoted(name)} is not a plain file name.")
+        if name not in present:
             raise CheckpointError(
-                f"{directory / name} is missing, though {index.name} lists it; download it again."
+                f"{directory} has no {_quoted(name)}, though {index.name} lists it; download it again."
             )
     return [directory / name for name in names]
 
 
 def _read_header(file: Path) -> list[TensorInfo]:
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        if len(prefix) < 8:
-            raise CheckpointError(
-                f"{file} has {size} bytes: too short for a safetensors file; download it again."
-            )
-        (length,) = struct.unpack("<Q", prefix)
-        if length > MAX_HEADER_BYTES or 8 + length > size:
-            raise CheckpointError(
-                f"{file}: the header claims {length} bytes of a file of {size}; it is damaged."
-            )
-        raw = stream.read(length)
     try:
-        header = json.loads(raw)
+        with file.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            prefix = stream.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8:
+                raise CheckpointError(
+                    f"{file} has {size} bytes: too short for a safetensors file; download it again."
+                )
+            if length > MAX_HEADER_BYTES or 8 + length > size:
+                raise CheckpointError(
+                    f"{file}: the header claims {length} bytes of a file of {size}; it is damaged."
+                )
+            raw = stream.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
+    try:
+        header = _parse_json(raw)
     except ValueError as error:
         raise CheckpointError(f"{file}: the header is not JSON: {error}.") from error
     if not isinstance(header, dict):
@@ -116,23 +123,39 @@ def _read_header(file: Path) -> list[TensorInfo]:
     end = 8 + length
     for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.stop)):
         if tensor.start < end:
-            raise CheckpointError(f"{file}: tensor {tensor.name} overlaps the tensor before it.")
+            raise CheckpointError(f"{file}: tensor {_quoted(tensor.name)} overlaps the tensor before it.")
         end = tensor.stop
     return tensors
 
 
+def _parse_json(raw: bytes) -> Any:
+    """What the JSON says. Raises ValueError for whatever is wrong with it."""
+    try:
+        return json.loads(raw)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def _tensor(file: Path, base: int, size: int, name: str, entry: Any) -> TensorInfo:
+    where = f"{file}: tensor {_quoted(name)}"
     try:
         dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        sound = all(type(n) is int and n >= 0 for n in (*shape, start, stop))
     except (TypeError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{file}: the entry of tensor {name} is malformed: {error!r}.") from error
-    if dtype not in ITEM_BYTES:
-        raise CheckpointError(f"{file}: tensor {name} has the unknown dtype {dtype!r}.")
-    if not sound or start > stop or base + stop > size:
-        raise CheckpointError(f"{file}: tensor {name} lies outside the file ({size} bytes); it is cut short.")
-    if stop - start != math.prod(shape) * ITEM_BYTES[dtype]:
+        raise CheckpointError(f"{where} has a malformed entry: {error!r}.") from error
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise CheckpointError(f"{where} has the unknown dtype {_quoted(dtype)}.")
+    if len(shape) > _MAX_DIMS or not all(type(n) is int and 0 <= n < _MAX_SIZE for n in shape):
+        raise CheckpointError(f"{where} has no proper shape.")
+    if not (type(start) is type(stop) is int and 0 <= start <= stop <= size - base):
         raise CheckpointError(
-            f"{file}: tensor {name} of shape {list(shape)} does not fit its {stop - start} bytes."
+            f"{where} lies outside the file ({size} bytes): it was cut short, or is damaged."
         )
+    if stop - start != math.prod(shape) * ITEM_BYTES[dtype]:
+        raise CheckpointError(f"{where} of shape {list(shape)} does not fit its {stop - start} bytes.")
     return TensorInfo(name, dtype, shape, file, base + start, base + stop)
+
+
+def _quoted(value: object) -> str:
+    """As it would be written in Python; a damaged file may hold names of any length."""
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:58]} … {text[-58:]}"
