@@ -15,8 +15,15 @@ class Stub(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, pieces: list[str], extra: int = 0, status: int = 200) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(
+        self,
+        pieces: list[str],
+        extra: int = 0,
+        status: int = 200,
+        port: int = 0,
+        handler: type[Handler] | None = None,
+    ) -> None:
+        super().__init__(("127.0.0.1", port), handler or Handler)
         self.pieces, self.extra, self.status = pieces, extra, status
         self.asked: list[dict[str, Any]] = []
 

@@ -66,7 +66,7 @@ class ServerProcess:
                     return time.monotonic() - self.t0
             except OSError:
                 pass
-            time.sleep(0.02)
+            time.sleep(0.05)
         raise BenchError(f"{self.name} was not ready after {timeout:.0f} s.\n{self.log()}")
 
     def log(self, size: int = 4000) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness import ROOT, BenchError, gguf_file
+from harness.checkpoint import weight_files
 from harness.process import ServerProcess, free_port
 
 _HERE = Path(__file__).resolve().parent
@@ -20,13 +22,15 @@ _HERE = Path(__file__).resolve().parent
 class Server:
     """How to start a server. `{port}` in its command stands for the port to listen on.
 
-    `fields` are put into every request; `lossy` says that its weights hold less than the checkpoint's.
+    `fields` are put into every request. `lossy` says that its weights, which are in `weight_files`, hold
+    less than the checkpoint's.
     """
 
     name: str
     command: tuple[str, ...]
     ready_path: str = "/health"
     fields: dict[str, object] = field(default_factory=dict)
+    weight_files: list[Path] = field(default_factory=list)
     lossy: bool = False
     version: str | None = None
 
@@ -86,19 +90,28 @@ def chosen(options: argparse.Namespace, folder: Path) -> list[Server]:
         if not separator:
             raise BenchError(f"--server {text}: write NAME=COMMAND")
         parts = shlex.split(command.replace("{model}", str(folder)))
-        servers.append(Server(name, tuple(parts), fields={"model": str(folder)}))
+        servers.append(
+            Server(name, tuple(parts), fields={"model": str(folder)}, weight_files=weight_files(folder))
+        )
     return servers
 
 
 def firstlight(folder: Path, device: str, arguments: Sequence[str] = ()) -> Server:
     """This project's server, as this clone has it."""
     command = (sys.executable, "-m", "handler", "serve", str(folder), "--port", "{port}")
-    arguments = (*command, "--device", device, *arguments)
-    return Server("firstlight", arguments, ready_path="/health/ready", version=_commit())
+    return Server(
+        "firstlight",
+        (*command, "--device", device, *arguments),
+        ready_path="/health/ready",
+        weight_files=weight_files(folder),
+        version=_commit(),
+    )
 
 
 def _commit() -> str | None:
-    """The commit of this clone, and whether anything was changed since."""
+    """The commit of this clone, and whether anything was changed since; None where git does not know."""
+    if shutil.which("git") is None:
+        return None
     done = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -115,6 +128,8 @@ def llamacpp(python: Path, folder: Path) -> list[Server]:
     for kind in ("F16", "Q4_0"):
         path = gguf_file.converted(folder, kind)
         command = (str(python), "-P", str(_HERE / "llamacpp_serve.py"), str(path), "{port}")
-        name = f"llama.cpp {kind}"
-        servers.append(Server(name, command, lossy=kind != "F16", version=probe.stdout.strip()))
+        version = probe.stdout.strip()
+        servers.append(
+            Server(f"llama.cpp {kind}", command, weight_files=[path], lossy=kind != "F16", version=version)
+        )
     return servers

@@ -1,0 +1,154 @@
+"""From nothing to the first streamed token, by a clock outside of the server.
+
+    python scripts/bench/cold_start.py [--model FOLDER] [--device cuda] [--runs N] [--state C3 C2]
+                                       [--peer-python PYTHON] [--server NAME=COMMAND] [--json PATH]
+
+The clock starts just before the server is executed, and the request waits from then on: greedy, 128
+tokens of prompt, 32 of answer, which must be the reference's. States:
+
+  C3   everything is in the page cache, no process runs
+  C2   the weights are not in the page cache, all else is
+
+The limit is measured in turn with the servers: the bare start (a Python that imports torch and, on a
+GPU, puts one number there) and, in C2, the time that the disk takes for the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from harness import BenchError, answers, checkpoint, page_cache, servers
+from harness.report import Report, make_parser, progress, run
+from harness.servers import Server
+from harness.start_clock import Start, clock
+from harness.summary import Summary, ratios, summarize
+from harness.table import number, spread
+
+ANSWER_TOKENS = 32
+PAUSE_SECONDS = 0.5
+TIMES = ("listening", "ready", "first_token", "last_token")
+BARE, DISK, LIMIT = "bare start", "disk", "limit"
+
+
+def bare_start(device: str) -> float:
+    """Seconds that a Python takes to import torch and, on a GPU, to put one number there, until it ends."""
+    code = "import torch; torch.zeros(1, device='cuda')" if device == "cuda" else "import torch"
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-c", code], check=True, stdin=subprocess.DEVNULL)
+    return time.monotonic() - began
+
+
+def prepare(state: str, files: list[Path]) -> None:
+    """Bring the page cache into the state that is to be measured."""
+    if state == "C2":
+        page_cache.evict(files)
+    else:
+        page_cache.read(files)
+        held = page_cache.resident(files)
+        if held < 1:
+            raise BenchError(f"the page cache holds only {held:.0%} of the weights after reading them")
+
+
+def measure_limits(state: str, device: str, files: list[Path]) -> dict[str, float]:
+    """The limits, in seconds; the disk's only where it matters."""
+    found = {BARE: bare_start(device)}
+    if state == "C2":
+        page_cache.evict(files)
+        found[DISK] = page_cache.read(files)
+    found[LIMIT] = max(found.values())
+    return found
+
+
+def measure(
+    chosen: list[Server], state: str, options: argparse.Namespace, folder: Path
+) -> tuple[dict[str, list[Start]], dict[str, list[float]]]:
+    """The starts of each server, and the limits; both in every run, and each run beginning with another."""
+    reference = answers.find(folder).count
+    device = options.device
+    starts: dict[str, list[Start]] = {server.name: [] for server in chosen}
+    limits: dict[str, list[float]] = {}
+    progress(f"{state}: one run to warm up")
+    for turn in range(-1, options.runs):
+        if turn >= 0:
+            progress(f"{state}: run {turn + 1} of {options.runs}")
+        found = measure_limits(state, device, checkpoint.weight_files(folder))
+        shift = max(turn, 0) % len(chosen)
+        for server in chosen[shift:] + chosen[:shift]:
+            prepare(state, server.weight_files)
+            start = clock(server, reference, ANSWER_TOKENS, options.timeout)
+            if turn >= 0:
+                starts[server.name].append(start)
+            time.sleep(PAUSE_SECONDS)
+        if turn >= 0:
+            for name, seconds in found.items():
+                limits.setdefault(name, []).append(seconds)
+    return starts, limits
+
+
+def tabulate(
+    report: Report, state: str, starts: dict[str, list[Start]], limits: dict[str, list[float]]
+) -> None:
+    """Times, the first token's ratio to the limit, and the server's own marks."""
+    times = {
+        name: {at: summarize(getattr(start, at) for start in row) for at in TIMES}
+        for name, row in starts.items()
+    }
+    multiples = {name: ratios(row["first_token"].values, limits[LIMIT]) for name, row in times.items()}
+    limit_rows = {name: summarize(values) for name, values in limits.items()}
+    report.add_table(
+        f"{state}: seconds since just before exec, median (lowest to highest)",
+        ["", *(at.replace("_", " ") for at in TIMES), "first token / limit"],
+        [
+            *(
+                [name, *(spread(row[at]) for at in TIMES), spread(multiples[name])]
+                for name, row in times.items()
+            ),
+            *([name, "", "", spread(value), "", ""] for name, value in limit_rows.items()),
+        ],
+    )
+    for name, row in starts.items():
+        marks = medians([start.marks for start in row])
+        if marks:
+            said = ", ".join(f"{mark} {number(seconds)}" for mark, seconds in marks.items())
+            report.add_note(f"{state}: marks of {name}, medians in seconds: {said}")
+    report.data[state] = {
+        "seconds": {name: {at: value.as_json() for at, value in row.items()} for name, row in times.items()},
+        "limits": {name: value.as_json() for name, value in limit_rows.items()},
+        "first_token_over_limit": {name: value.as_json() for name, value in multiples.items()},
+        "starts": {name: [asdict(start) for start in row] for name, row in starts.items()},
+    }
+
+
+def medians(marks: list[dict[str, float]]) -> dict[str, float]:
+    """The median of each mark that every start has, in the order of time."""
+    common = set(marks[0]).intersection(*marks[1:])
+    found: dict[str, Summary] = {name: summarize(row[name] for row in marks) for name in common}
+    return {name: value.median for name, value in sorted(found.items(), key=lambda item: item[1].median)}
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    servers.add_server_flags(parser)
+    parser.add_argument("--runs", type=int, default=5, metavar="N", help="of each state (default: 5)")
+    parser.add_argument("--state", nargs="+", choices=("C2", "C3"), default=["C3"], help="default: C3")
+    parser.add_argument("--timeout", type=float, default=300.0, metavar="S", help="default: 300")
+    options = parser.parse_args()
+    folder = servers.model_folder(options.model)
+    report = Report("from exec to the first streamed token", options)
+    chosen = servers.chosen(options, folder)
+    report.add_servers(chosen)
+    size = checkpoint.weight_bytes(folder)
+    report.data["weight_bytes"] = size
+    for state in options.state:
+        tabulate(report, state, *measure(chosen, state, options, folder))
+    report.add_note(f"weights: {number(size / 1e9)} GB")
+    report.finish()
+
+
+if __name__ == "__main__":
+    run(main)
