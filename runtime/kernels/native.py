@@ -2,7 +2,10 @@
 
 There is no build step to forget and nothing to match against an interpreter: the library is plain C
 behind ctypes. Where no C compiler is found, `library()` is None and the plain-torch twins do the work.
-`python -m runtime.kernels.native` builds it ahead of time, as an image does.
+
+    python -m runtime.kernels.native          build it ahead of time, for this machine
+    python -m runtime.kernels.native image    build it next to `cpu.c`, once for each generation of
+                                              processors, so that an image needs no compiler
 """
 
 from __future__ import annotations
@@ -19,8 +22,19 @@ import tempfile
 from pathlib import Path
 
 _SOURCE = Path(__file__).with_name("cpu.c")
-_FLAGS = ["-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+_FLAGS = ["-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 _LINK = ["-shared", "-fPIC", "-pthread", "-lm"]
+
+# The generations that an image is built for, best first, and the features that a processor must have to
+# run them (https://gitlab.com/x86-psABIs/x86-64-ABI, "micro-architecture levels").
+_V3 = {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"}
+_GENERATIONS = {
+    "x86_64": {
+        "x86-64-v4": _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
+        "x86-64-v3": _V3,
+    },
+    "aarch64": {"armv8-a": {"asimd"}},
+}
 
 _pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _SIGNATURES: dict[str, list[type]] = {
@@ -60,47 +74,78 @@ def library() -> ctypes.CDLL | None:
 
 
 def build() -> Path | None:
-    """Compile the kernels unless that has been done for this source and this processor."""
+    """The library for this processor: built earlier, or shipped with an image, or compiled now."""
     if os.environ.get("FIRSTLIGHT_CPU_KERNELS") == "torch" or sys.platform != "linux":
         return None
     directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "firstlight" / "kernels"
-    target = directory / f"cpu-{_fingerprint()}.so"
+    features = _features()
+    target = directory / f"cpu-{_fingerprint('native', *sorted(features))}.so"
     if target.exists():
         return target
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        print(
-            "firstlight: no C compiler found; the slower torch kernels are used on the CPU", file=sys.stderr
-        )
-        return None
+    for march, needed in _generations().items():
+        if needed <= features and _shipped(march).exists():
+            return _shipped(march)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory) as scratch:
-            fresh = Path(scratch) / "cpu.so"
-            command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(fresh), *_LINK]
-            subprocess.run(command, check=True, capture_output=True, text=True)
-            fresh.replace(target)  # another process may have been faster: either file will do
-    except (OSError, subprocess.CalledProcessError) as error:
-        details = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
-        print(
-            f"firstlight: the CPU kernels could not be built, torch is used instead: {details}",
-            file=sys.stderr,
-        )
+        _compile("native", target)
+    except _CannotCompile as error:
+        print(f"firstlight: {error}; the slower torch kernels are used on the CPU", file=sys.stderr)
         return None
     return target
 
 
-def _fingerprint() -> str:
-    """What a build depends on: the source, how it is compiled, and what this processor can do."""
-    features = platform.machine()
+def build_for_image() -> list[Path]:
+    """Compile the kernels for each generation of this architecture's processors, next to their source."""
+    libraries = [_shipped(march) for march in _generations()]
+    for march, target in zip(_generations(), libraries, strict=True):
+        _compile(march, target)
+    return libraries
+
+
+class _CannotCompile(Exception):
+    """There is no C compiler, or it failed."""
+
+
+def _compile(march: str, target: Path) -> None:
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise _CannotCompile("no C compiler found")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            fresh = Path(scratch) / "cpu.so"
+            command = [compiler, *_FLAGS, f"-march={march}", str(_SOURCE), "-o", str(fresh), *_LINK]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            fresh.replace(target)  # another process may have been faster: either file will do
+    except (OSError, subprocess.CalledProcessError) as error:
+        details = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
+        raise _CannotCompile(f"the CPU kernels could not be built ({details})") from error
+
+
+def _generations() -> dict[str, set[str]]:
+    return _GENERATIONS.get(platform.machine(), {})
+
+
+def _shipped(march: str) -> Path:
+    return _SOURCE.with_name(f"cpu-{march}-{_fingerprint(march)}.so")
+
+
+def _features() -> set[str]:
+    """What this processor can do, in the kernel's words."""
     with open("/proc/cpuinfo") as info:
         for line in info:
             if line.startswith(("flags", "Features")):
-                features += line
-                break
-    text = _SOURCE.read_bytes() + " ".join(_FLAGS + _LINK).encode() + features.encode()
+                return set(line.partition(":")[2].split())
+    return set()
+
+
+def _fingerprint(*target: str) -> str:
+    """What a build depends on: the source, how it is compiled, and what for."""
+    text = _SOURCE.read_bytes() + " ".join([platform.machine(), *_FLAGS, *_LINK, *target]).encode()
     return hashlib.sha256(text).hexdigest()[:16]
 
 
 if __name__ == "__main__":
-    print(build())
+    if sys.argv[1:] == ["image"]:
+        print(*build_for_image(), sep="\n")
+    else:
+        print(build())
