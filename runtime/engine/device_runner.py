@@ -8,16 +8,16 @@ which sequences take part, their new blocks, and the tokens of prompts.
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from runtime.engine.device_results import Scores, UnderWay, to_host
+from runtime.engine.device_sampling import DeviceSampler
 from runtime.engine.graphs import DecodeGraphs
 from runtime.engine.request_table import BlockUpdate, RequestTable
 from runtime.engine.scheduler import Scheduled
-from runtime.engine.staging import Staging
-from runtime.engine.step import StepResult
+from runtime.engine.staging import Staging, to_device
 from runtime.kernels.batch import DeviceBatch
 from runtime.kernels.gpu.attention_decode import decode_workspace, splits_for
 from runtime.kernels.gpu.attention_prefill import (
@@ -30,22 +30,6 @@ from runtime.kernels.gpu.attention_tile import Workspace
 from runtime.kernels.gpu.prepare import apply_updates, prepare_decode
 from runtime.model.decoder import Decoder
 from runtime.model.layers import LayerCache
-
-_RING = 3
-
-
-@dataclass(slots=True)
-class _UnderWay:
-    """A step on the device; `order[i]` is the row of the i-th sequence that samples."""
-
-    tokens: torch.Tensor
-    order: list[int]
-    done: torch.cuda.Event
-
-    def result(self) -> StepResult:
-        self.done.synchronize()
-        tokens = self.tokens.tolist()
-        return StepResult([tokens[row] for row in self.order], [None] * len(self.order))
 
 
 class DeviceRunner:
@@ -78,7 +62,7 @@ class DeviceRunner:
             LayerCache(*torch.empty(shape, dtype=dtype, device=device)) for _ in range(config.num_layers)
         ]
         self._table = RequestTable(max_num_seqs, -(-max_model_len // block_size), device)
-        self._staging = Staging(device, _RING)
+        self._staging = Staging(device)
         size = max(max_num_seqs, max_num_batched_tokens)
         self._token_ids, self._positions, self._slots, self._seq_lens = torch.zeros(
             (4, size), dtype=torch.int32, device=device
@@ -89,8 +73,7 @@ class DeviceRunner:
         self._num_updates = torch.zeros(1, dtype=torch.int32, device=device)
         self._tile = prefill_tile(config.num_heads, config.num_kv_heads, config.head_dim, dtype.itemsize)
         self._workspace = self._allocate_workspace(max_num_seqs, dtype, device)
-        self._sampled = [torch.empty(max_num_seqs, dtype=torch.int32, pin_memory=True) for _ in range(_RING)]
-        self._turn = 0
+        self._sampler = DeviceSampler(self._table, max_num_seqs, config.vocab_size, device)
         self.graphs = DecodeGraphs(max_num_seqs, self._decode)
 
     def _allocate_workspace(self, max_num_seqs: int, dtype: torch.dtype, device: torch.device) -> Workspace:
@@ -112,30 +95,38 @@ class DeviceRunner:
         return splits_for(batch, self._config.num_kv_heads, self._max_model_len, self._num_sms)
 
     @torch.inference_mode()
-    def launch(self, scheduled: Rows[Scheduled]) -> _UnderWay:
+    def launch(self, scheduled: Rows[Scheduled]) -> UnderWay:
         """Begin to compute what is scheduled; see `Runner.launch`."""
         decodes = [item for item in scheduled if item.decodes]
         others = [item for item in scheduled if not item.decodes]
         updates = self._table.block_updates(scheduled)
+        samplers = [*decodes, *(item for item in others if item.samples)]
+        sequences = [item.sequence for item in samplers]
         if others:
-            rows, logits = self._mixed(decodes, others, updates)
+            rows, lengths, logits = self._mixed(decodes, others, updates)
         else:
-            rows, logits = self._decode_only(decodes, updates)
-        tokens = logits.argmax(-1).int()
-        self._table.last_token[rows] = tokens
-        self._turn = (self._turn + 1) % _RING
-        sampled = self._sampled[self._turn][: tokens.shape[0]]
-        sampled.copy_(tokens, non_blocking=True)
+            rows, lengths, logits = self._decode_only(decodes, updates)
+        prompts: list[Scores] = []
+        if any(item.scores_prompt for item in others):
+            prompts, logits = self._score_prompts(len(decodes), others, logits)
+        tokens = self._sampler.sample(logits, rows, lengths, sequences)
+        scored = [row for row, sequence in enumerate(sequences) if sequence.sampling.logprobs is not None]
+        scores = None
+        if scored:
+            num_top = [sequences[row].sampling.logprobs or 0 for row in scored]
+            index = to_device(scored)
+            scores = Scores.of(logits[index], tokens[index], num_top)
+        on_host = to_host(tokens[: len(samplers)])
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record(self._stream)
-        samplers = [*decodes, *(item for item in others if item.samples)]
         row_of = {id(item): row for row, item in enumerate(samplers)}
-        return _UnderWay(sampled, [row_of[id(item)] for item in scheduled if item.samples], done)
+        order = [row_of[id(item)] for item in scheduled if item.samples]
+        return UnderWay(on_host, order, done, scored, scores, prompts)
 
     def _decode_only(
         self, decodes: Rows[Scheduled], updates: list[BlockUpdate]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One token for each sequence: (their slots, padded, and the logits) from a captured graph."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One token for each sequence, from a captured graph: slots, lengths and logits, all padded."""
         size = self.graphs.padded(len(decodes))
         if size not in self.graphs:
             self._rows.fill_(-1)
@@ -146,14 +137,13 @@ class DeviceRunner:
         self._rows[:size].copy_(rows)
         self._num_updates.copy_(count)
         self._updates.view(-1)[: len(new_blocks)].copy_(new_blocks)
-        return self._rows[:size], self.graphs.replay(size)
+        return self._rows[:size], self._seq_lens[:size], self.graphs.replay(size)
 
     def _decode(self, size: int) -> torch.Tensor:
         """What a graph of `size` sequences holds; the logits, [size, vocab_size] float32."""
         table, rows = self._table, self._rows[:size]
         apply_updates(self._updates[:size], self._num_updates, table.block_tables)
         self._prepare(rows)
-        table.seq_len[rows] += 1
         return self.decoder.forward(self._batch(size, size), self._cache)
 
     def _prepare(self, rows: torch.Tensor) -> None:
@@ -194,22 +184,22 @@ class DeviceRunner:
 
     def _mixed(
         self, decodes: Rows[Scheduled], others: Rows[Scheduled], updates: list[BlockUpdate]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A step with prompts in it, run eagerly: (the slots that sample, and their logits)."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A step with prompts in it, run eagerly: the slots that sample, their lengths, and logits.
+
+        The logits have a row for each of them, but for a prompt that is scored a row for each new token.
+        """
         n = len(decodes)
         counts = [item.num_new for item in others]
         ends = np.cumsum([n, *counts])
         lengths = [item.start + item.num_new for item in others]
         items = prefill_work_items(counts, lengths, self._tile)
-        samplers = [index for index, item in enumerate(others) if item.samples]
-        decoding, sampling = (
-            [item.sequence.slot for item in group] for group in (decodes, [others[i] for i in samplers])
-        )
+        entering = [item for item in others if item.samples]
         (
             rows, new_blocks, count, token_ids, positions, slots, query_start, seq_lens, table_rows,
-            work_items, logits_rows, new_lengths,
+            work_items, logits_rows, new_lengths, records,
         ) = self._staging.send([
-            decoding + sampling,
+            [item.sequence.slot for item in (*decodes, *entering)],
             np.array(updates, np.int32),
             [len(updates)],
             np.concatenate([i.sequence.token_ids[i.start : i.start + i.num_new] for i in others]),
@@ -219,25 +209,58 @@ class DeviceRunner:
             lengths,
             [item.sequence.slot for item in others],
             items,
-            [*range(n), *(ends[index + 1] - 1 for index in samplers)],
-            [lengths[index] for index in samplers],
+            [*range(n), *_logits_rows(others, ends)],
+            [item.start + item.num_new for item in entering],
+            self._sampler.records([item.sequence for item in entering]),
         ])  # fmt: skip
+        self._sampler.enter([item.sequence for item in entering], rows[n:], records)
         if updates:
             apply_updates(new_blocks.view(-1, 3), count, self._table.block_tables)
         total = int(ends[-1])
         if n:
             self._rows[:n].copy_(rows[:n])
             self._prepare(rows[:n])
-            self._table.seq_len[rows[:n]] += 1
         self._token_ids[n:total].copy_(token_ids)
         self._positions[n:total].copy_(positions)
         self._slots[n:total].copy_(slots)
-        self._table.seq_len[rows[n:]] = new_lengths
         splits = prefill_splits(len(items), self._config.num_kv_heads, max(lengths), self._num_sms)
         batch = self._batch(total, n, (query_start, seq_lens, table_rows, work_items, logits_rows), splits)
-        return rows, self.decoder.forward(batch, self._cache)
+        sampled_lengths = torch.cat((self._seq_lens[:n], new_lengths))
+        return rows, sampled_lengths, self.decoder.forward(batch, self._cache)
+
+    def _score_prompts(
+        self, num_decodes: int, others: Rows[Scheduled], logits: torch.Tensor
+    ) -> tuple[list[Scores], torch.Tensor]:
+        """Log probabilities of the prompts that want them, and the logits of the rows that sample."""
+        scores = []
+        sampling = list(range(num_decodes))
+        at = num_decodes
+        for item in others:
+            sequence = item.sequence
+            if item.scores_prompt:
+                stop = min(item.start + item.num_new + 1, sequence.num_prompt)
+                targets = sequence.token_ids[item.start + 1 : stop]
+                num_top = [sequence.sampling.prompt_logprobs or 0] * len(targets)
+                scores.append(Scores.of(logits[at : at + len(targets)], to_device(targets), num_top))
+                at += item.num_new
+            elif item.samples:
+                at += 1
+            if item.samples:
+                sampling.append(at - 1)
+        return scores, logits[to_device(sampling)]
 
     def _slots_of(self, item: Scheduled) -> np.ndarray:
         blocks = np.asarray(item.sequence.table.block_ids, np.int64)
         span = np.arange(item.start, item.start + item.num_new)
         return blocks[span // self._block_size] * self._block_size + span % self._block_size
+
+
+def _logits_rows(others: Rows[Scheduled], ends: np.ndarray) -> list[int]:
+    """The tokens after which logits are wanted: the last of each that samples, all of a scored prompt."""
+    rows: list[int] = []
+    for item, end in zip(others, ends[1:].tolist(), strict=True):
+        if item.scores_prompt:
+            rows.extend(range(end - item.num_new, end))
+        elif item.samples:
+            rows.append(end - 1)
+    return rows

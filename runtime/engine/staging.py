@@ -34,7 +34,7 @@ class Staging:
         self._words = torch.empty(num_words, dtype=torch.int32, device=self._device)
 
     def send(self, sections: Sequence[npt.ArrayLike]) -> list[torch.Tensor]:
-        """Begin to copy the sections; returns each as a flat int32 tensor on the device."""
+        """Begin to copy a step's sections; returns each as a flat int32 tensor on the device."""
         arrays = [np.asarray(section, dtype=np.int32).reshape(-1) for section in sections]
         starts = []
         num_words = 0
@@ -51,3 +51,8 @@ class Staging:
             host[start : start + len(array)] = array
         self._words[:num_words].copy_(pinned[:num_words], non_blocking=True)
         return [self._words[start : start + len(array)] for array, start in zip(arrays, starts, strict=True)]
+
+
+def to_device(values: Sequence[int]) -> torch.Tensor:
+    """Begin to copy a few more integers, for steps with unusual wishes; [N] int32 on the device."""
+    return torch.tensor(values, dtype=torch.int32, pin_memory=True).to("cuda", non_blocking=True)
