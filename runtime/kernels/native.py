@@ -1,10 +1,10 @@
-"""The compiled CPU kernels: `cpu.c` built for this machine on first use, kept in the user's cache.
+"""The compiled CPU kernels: `cpu/` built for this machine on first use, kept in the user's cache.
 
 There is no build step to forget and nothing to match against an interpreter: the library is plain C
 behind ctypes. Where no C compiler is found, `library()` is None and the plain-torch twins do the work.
 
     python -m runtime.kernels.native          build it ahead of time, for this machine
-    python -m runtime.kernels.native image    build it next to `cpu.c`, once for each generation of
+    python -m runtime.kernels.native image    build it next to `cpu/`, once for each generation of
                                               processors, so that an image needs no compiler
 """
 
@@ -21,9 +21,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-_SOURCE = Path(__file__).with_name("cpu.c")
-_FLAGS = ["-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
-_LINK = ["-shared", "-fPIC", "-pthread", "-lm"]
+_SOURCES = Path(__file__).with_name("cpu")
+_MATH = ["-fno-math-errno", "-fno-trapping-math"]
+_FLAGS = ["-std=gnu11", "-O3", *_MATH, "-fPIC", "-fvisibility=hidden", "-Wno-psabi"]
+_LINK = ["-shared", "-pthread", "-lm"]
 
 # The generations that an image is built for, best first, and the features that a processor must have to
 # run them (https://gitlab.com/x86-psABIs/x86-64-ABI, "micro-architecture levels").
@@ -49,7 +50,7 @@ _SIGNATURES: dict[str, list[type]] = {
 
 
 class Part(ctypes.Structure):
-    """One stretch of rows of a linear layer's weights, as `cpu.c` takes it."""
+    """One stretch of rows of a linear layer's weights, as `cpu/linear.c` takes it."""
 
     _fields_ = [("weight", _pointer), ("rows", _long), ("stride", _long), ("bias", _pointer)]
 
@@ -113,7 +114,8 @@ def _compile(march: str, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             fresh = Path(scratch) / "cpu.so"
-            command = [compiler, *_FLAGS, f"-march={march}", str(_SOURCE), "-o", str(fresh), *_LINK]
+            sources = [str(path) for path in sorted(_SOURCES.glob("*.c"))]
+            command = [compiler, *_FLAGS, f"-march={march}", *sources, "-o", str(fresh), *_LINK]
             subprocess.run(command, check=True, capture_output=True, text=True)
             fresh.replace(target)  # another process may have been faster: either file will do
     except (OSError, subprocess.CalledProcessError) as error:
@@ -126,7 +128,7 @@ def _generations() -> dict[str, set[str]]:
 
 
 def _shipped(march: str) -> Path:
-    return _SOURCE.with_name(f"cpu-{march}-{_fingerprint(march)}.so")
+    return _SOURCES.with_name(f"cpu-{march}-{_fingerprint(march)}.so")
 
 
 def _features() -> set[str]:
@@ -140,8 +142,10 @@ def _features() -> set[str]:
 
 def _fingerprint(*target: str) -> str:
     """What a build depends on: the source, how it is compiled, and what for."""
-    text = _SOURCE.read_bytes() + " ".join([platform.machine(), *_FLAGS, *_LINK, *target]).encode()
-    return hashlib.sha256(text).hexdigest()[:16]
+    digest = hashlib.sha256(" ".join([platform.machine(), *_FLAGS, *_LINK, *target]).encode())
+    for path in sorted(_SOURCES.glob("*.[ch]")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 if __name__ == "__main__":
