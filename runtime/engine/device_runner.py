@@ -127,17 +127,29 @@ class DeviceRunner:
         self, decodes: Rows[Scheduled], updates: list[BlockUpdate]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One token for each sequence, from a captured graph: slots, lengths and logits, all padded."""
-        size = self.graphs.padded(len(decodes))
-        if size not in self.graphs:
-            self._rows.fill_(-1)
-            self._num_updates.zero_()
-            self.graphs.capture(size)
+        size, is_new = self.graphs.choose(len(decodes))
+        if is_new:
+            self._capture(size)
         slots = [item.sequence.slot for item in decodes] + [-1] * (size - len(decodes))
         rows, new_blocks, count = self._staging.send([slots, np.array(updates, np.int32), [len(updates)]])
         self._rows[:size].copy_(rows)
         self._num_updates.copy_(count)
         self._updates.view(-1)[: len(new_blocks)].copy_(new_blocks)
         return self._rows[:size], self._seq_lens[:size], self.graphs.replay(size)
+
+    def _capture(self, size: int) -> None:
+        # A batch of nobody: what is run for the capture's sake changes no request.
+        self._rows.fill_(-1)
+        self._num_updates.zero_()
+        self.graphs.capture(size)
+
+    @torch.inference_mode()
+    def use_idle_time(self) -> bool:
+        """Capture one more graph; see `Runner.use_idle_time`."""
+        size = self.graphs.missing()
+        if size is not None:
+            self._capture(size)
+        return size is not None
 
     def _decode(self, size: int) -> torch.Tensor:
         """What a graph of `size` sequences holds; the logits, [size, vocab_size] float32."""

@@ -69,6 +69,10 @@ class HostRunner:
             _sample(logits, [item.sequence for item in scheduled if item.samples], result)
         return _Done(result)
 
+    def use_idle_time(self) -> bool:
+        """Nothing is left for later on a CPU; see `Runner.use_idle_time`."""
+        return False
+
     def _pack(self, scheduled: Rows[Scheduled]) -> PackedBatch:
         counts = [item.num_new for item in scheduled]
         ends = np.cumsum([0, *counts])

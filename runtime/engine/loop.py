@@ -12,9 +12,11 @@ def serve(engine: Engine, channel: Channel) -> None:
     """Serve until the handler drains the engine (returns when all is done) or is gone (`EOFError`)."""
     draining = False
     first = True
+    idle_work = False
+    graphs: float | None = None
     while engine.has_work or not draining:
         was_busy = engine.has_work
-        for command in channel.receive(wait=not engine.has_work):
+        for command in channel.receive(wait=not (engine.has_work or idle_work)):
             match command:
                 case Submit():
                     engine.submit(command)
@@ -23,6 +25,11 @@ def serve(engine: Engine, channel: Channel) -> None:
                 case Drain():
                     draining = True
         if not (engine.has_work or was_busy):
+            if idle_work and (idle_work := engine.runner.use_idle_time()):
+                graphs = marks.since_exec()
+            elif graphs is not None:
+                channel.send(Mark("graphs", graphs))
+                graphs = None
             continue
         output = engine.step()
         # The last step is told even if it produced nothing: it shows that all blocks are free again.
@@ -30,4 +37,5 @@ def serve(engine: Engine, channel: Channel) -> None:
             channel.send(output)
         if first and any(delta.token_ids for delta in output.deltas):
             first = False
+            idle_work = True
             channel.send(Mark("first_token", marks.since_exec()))

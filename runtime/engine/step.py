@@ -45,3 +45,7 @@ class Runner(Protocol):
     def launch(self, scheduled: Rows[Scheduled]) -> Launched:
         """Begin to compute what is scheduled."""
         ...
+
+    def use_idle_time(self) -> bool:
+        """Do a little of what makes later steps faster; False if nothing of the kind is left."""
+        ...

@@ -122,9 +122,13 @@ def test_log_probabilities_are_the_models_own(tmp_path: Path) -> None:
 
 def test_half_width_answers_leave_the_reference_only_where_it_hesitates(tmp_path: Path) -> None:
     model = save_random_llama(tmp_path, torch.bfloat16, **SHAPE)
+    half = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16).cuda().eval()
     told = answers(engine_of(tmp_path), NAMED)
     for name, place in differences(model, NAMED, told).items():
+        tokens = torch.tensor([NAMED[name] + told[name][:place]])
         with torch.no_grad():
-            row = model(torch.tensor([NAMED[name] + told[name][:place]])).logits[0, -1]
+            row = model(tokens).logits[0, -1]
+            # How far another bf16 computation is off here says how closely two tokens can be told apart.
+            noise = float((half(tokens.cuda()).logits[0, -1].float().cpu() - row).abs().max())
         margin = float(row.max() - row[told[name][place]])
-        assert margin < 0.05 * float(row.std()), f"{name} leaves the reference at {place} by {margin}"
+        assert margin < 3 * noise, f"{name} leaves the reference at {place} by {margin}, noise {noise}"

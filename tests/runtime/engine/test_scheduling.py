@@ -67,6 +67,9 @@ class HistoryModel:
         self.last_token = [-1] * num_slots
         self.batches: list[int] = []
 
+    def use_idle_time(self) -> bool:
+        return False
+
     def launch(self, scheduled: Rows[Scheduled]) -> Promised:
         self.batches.append(sum(item.num_new for item in scheduled))
         assert len({item.sequence.slot for item in scheduled}) == len(scheduled), "a slot is one sequence's"
