@@ -55,7 +55,7 @@ class Entry:
     def __init__(self, cache_dir: Path, kind: str, name: str, version: str) -> None:
         self.model_dir = model_dir(cache_dir, kind, name)
         self.directory = self.model_dir / version
-        self.partial = self.model_dir / (version + ".partial")
+        self.partial = partial_dir(self.directory)
         self._lock = self.model_dir / (version + ".lock")
 
     def complete(self) -> bool:
@@ -111,6 +111,11 @@ class Entry:
 def model_dir(cache_dir: Path, kind: str, name: str) -> Path:
     """The folder of all versions of one model."""
     return cache_dir / "models" / f"{kind}--{name}"
+
+
+def partial_dir(directory: Path) -> Path:
+    """Where what has come so far of an entry's directory lies."""
+    return directory.with_name(directory.name + ".partial")
 
 
 def remember(directory: Path, ref: str, version: str) -> None:

@@ -52,6 +52,7 @@ def _download(
     remote: Remote, entry: Entry, files: list[RemoteFile], journal: Journal, on_progress: OnProgress
 ) -> list[RemoteFile]:
     download = Download(remote, journal, entry.partial, entry.directory)
+    download.drop_damaged(files)
     chosen = files
     directory: Path | None = None
 

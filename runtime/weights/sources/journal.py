@@ -107,22 +107,41 @@ def read_manifest(directory: Path) -> Manifest | None:
         return None
 
 
+class Records:
+    """The records of an unfinished download, followed while this or another process appends to them.
+
+    `done` holds what is on the disk of each of the manifest's `count` files.
+    """
+
+    def __init__(self, directory: Path, count: int) -> None:
+        self._path = directory / _RECORDS
+        self._at = 0
+        self.done = [Intervals() for _ in range(count)]
+
+    def read_on(self) -> None:
+        """Take in what was appended since the last time."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._at)
+                data = file.read()
+        except FileNotFoundError:
+            return
+        for at in range(0, len(data) - _RECORD.size + 1, _RECORD.size):
+            index, offset, length, checksum = _RECORD.unpack_from(data, at)
+            if checksum != zlib.crc32(data[at : at + _BODY.size]) or index >= len(self.done):
+                break
+            if length:
+                self.done[index].add(offset, offset + length)
+            else:
+                self.done[index] = Intervals()
+            self._at += _RECORD.size
+
+
 def read_records(directory: Path, count: int) -> list[Intervals]:
     """What is on the disk of each of the manifest's `count` files."""
-    done = [Intervals() for _ in range(count)]
-    try:
-        data = (directory / _RECORDS).read_bytes()
-    except FileNotFoundError:
-        return done
-    for at in range(0, len(data) - _RECORD.size + 1, _RECORD.size):
-        index, offset, length, checksum = _RECORD.unpack_from(data, at)
-        if checksum != zlib.crc32(data[at : at + _BODY.size]) or index >= count:
-            break
-        if length:
-            done[index].add(offset, offset + length)
-        else:
-            done[index] = Intervals()
-    return done
+    records = Records(directory, count)
+    records.read_on()
+    return records.done
 
 
 def _pack(index: int, offset: int, length: int) -> bytes:

@@ -71,8 +71,11 @@ class PartialFile:
             self._changed.notify_all()
 
     def forget(self) -> None:
-        """Treat the whole file as missing."""
+        """Treat the whole file as missing. What comes instead goes into a new file, so that who has this
+        one open for reading can tell.
+        """
         with self._changed:
+            self.path.unlink()
             self._journal.forget(self.file.name)
             self._done = self._journal.done(self.file.name)
 

@@ -40,6 +40,12 @@ class Download:
         """How many of the file's bytes are on the disk."""
         return file.size if self._in_place(file) else self._journal.done(file.name).total
 
+    def drop_damaged(self, files: Sequence[RemoteFile]) -> None:
+        """Delete files in their final place that have not the size they should have."""
+        for file in files:
+            if not self._in_place(file):
+                (self._final_dir / file.name).unlink(missing_ok=True)
+
     def run(self, files: Sequence[RemoteFile], report: Callable[[], None]) -> None:
         """Bring all `files` to their final place; `report` is called a few times a second.
 
@@ -79,12 +85,14 @@ class _Round:
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._error: BaseException | None = None
-        self._ranges = deque(
+        ranges = [
             (file, at, min(at + RANGE_BYTES, end))
             for file in files
             for start, end in file.missing(0, file.file.size)
             for at in range(start, end, RANGE_BYTES)
-        )
+        ]
+        # The headers of all files first: from them it is planned where the rest belongs.
+        self._ranges = deque(sorted(ranges, key=lambda wanted: wanted[1] > 0))
         self._unverified = deque(files)
         self._mismatched: list[RemoteFile] = []
 

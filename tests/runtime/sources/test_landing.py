@@ -1,0 +1,161 @@
+"""Reading a model's file while it still comes, from this process and from another."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from runtime.weights.sources import FetchProgress, fetch
+from runtime.weights.sources import transfer as transfer_module
+from runtime.weights.sources.landing import Landing, Replaced
+from runtime.weights.sources.partial import Stopped
+from tests.runtime.sources.hub_server import HubServer
+from tests.runtime.sources.models import model_files, spec
+
+SPEC = spec("hf://org/name")
+NAME = "model.safetensors"
+SIZE = 4_000_000
+RANGE = 1_000_000
+# What a connection has sent of its range when it pauses, and what of it is on the disk then.
+SENT, LANDED = 600_000, 500_000
+
+
+@pytest.fixture(autouse=True)
+def _small_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer_module, "RANGE_BYTES", RANGE)
+    monkeypatch.setattr(transfer_module, "BLOCK_BYTES", RANGE // 10)
+
+
+@pytest.fixture
+def stop() -> Iterator[threading.Event]:
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+@pytest.fixture
+def content(hub: HubServer) -> bytes:
+    files = model_files(SIZE)
+    hub.add_repo("org/name", files)
+    return files[NAME]
+
+
+class _Fetching:
+    """A fetch in a thread. `directory` waits until the weights begin to come."""
+
+    def __init__(self, cache_dir: Path) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._known = threading.Event()
+        self._directory: Path | None = None
+        self.result = self._pool.submit(fetch, SPEC, cache_dir, self._on_progress)
+
+    def _on_progress(self, progress: FetchProgress) -> None:
+        self._directory = progress.directory
+        if progress.directory:
+            self._known.set()
+
+    @property
+    def directory(self) -> Path:
+        assert self._known.wait(30)
+        assert self._directory is not None
+        return self._directory
+
+
+def test_bytes_can_be_read_as_soon_as_they_are_there(
+    hub: HubServer, content: bytes, cache_dir: Path, stop: threading.Event
+) -> None:
+    released = threading.Event()
+    hub.fail("/storage/", pause=lambda: released.wait(60), pause_after=SENT, times=4)
+    fetching = _Fetching(cache_dir)
+    with closing(Landing(fetching.directory, NAME, stop)) as landing:
+        for start in range(0, SIZE, RANGE):
+            landing.wait_for(start, start + LANDED)
+            assert os.pread(landing.descriptor, LANDED, start) == content[start : start + LANDED]
+        assert not landing.verified()
+        released.set()
+        landing.wait_for(0, SIZE)
+        fetching.result.result(30)
+        assert landing.verified()
+        assert os.pread(landing.descriptor, SIZE, 0) == content
+
+
+def test_who_waits_for_a_fetch_that_fails_can_be_stopped(
+    hub: HubServer, content: bytes, cache_dir: Path, stop: threading.Event
+) -> None:
+    hub.fail("/storage/", cut_after=RANGE // 2, times=4)
+    hub.fail("/storage/", status=500, times=1000)
+    fetching = _Fetching(cache_dir)
+    with closing(Landing(fetching.directory, NAME, stop)) as landing:
+        fetching.result.add_done_callback(lambda done: stop.set())
+        with pytest.raises(Stopped):
+            landing.wait_for(0, SIZE)
+        assert not landing.verified()
+
+
+def test_what_was_read_of_a_file_that_fails_verification_is_not_believed(
+    hub: HubServer, content: bytes, cache_dir: Path, stop: threading.Event
+) -> None:
+    read_wrong, released = threading.Event(), threading.Event()
+    hub.fail("/storage/", corrupt=True, pause=lambda: read_wrong.wait(60), pause_after=SENT, times=4)
+    hub.fail("/storage/", pause=lambda: released.wait(60), pause_after=SENT, times=4)
+    fetching = _Fetching(cache_dir)
+    with closing(Landing(fetching.directory, NAME, stop)) as landing:
+        landing.wait_for(0, LANDED)
+        assert os.pread(landing.descriptor, LANDED, 0) != content[:LANDED]
+        read_wrong.set()
+        with pytest.raises(Replaced):
+            while not landing.verified():
+                landing.wait_for(0, SIZE)
+        # It was read from once more, and what was read first is not what has become the model.
+        with closing(Landing(fetching.directory, NAME, stop)) as again:
+            released.set()
+            again.wait_for(0, SIZE)
+            assert os.pread(again.descriptor, SIZE, 0) == content
+            fetching.result.result(30)
+            assert (landing.verified(), again.verified()) == (False, True)
+
+
+def test_another_process_may_fetch(
+    hub: HubServer, content: bytes, cache_dir: Path, stop: threading.Event
+) -> None:
+    script = """
+import sys
+from pathlib import Path
+from runtime.catalogue import ModelSpec
+from runtime.weights.sources import fetch
+fetch(ModelSpec(id="model", source="hf://org/name"), Path(sys.argv[1]))
+"""
+    with subprocess.Popen([sys.executable, "-c", script, str(cache_dir)]) as other:
+        # This one finds the entry locked and reports how far the other is.
+        fetching = _Fetching(cache_dir)
+        with closing(Landing(fetching.directory, NAME, stop)) as landing:
+            landing.wait_for(0, SIZE)
+            assert os.pread(landing.descriptor, SIZE, 0) == content
+            fetching.result.result(30)
+            assert landing.verified()
+    assert other.returncode == 0
+
+
+def test_a_file_that_is_there_needs_no_waiting(
+    hub: HubServer, content: bytes, cache_dir: Path, stop: threading.Event
+) -> None:
+    with closing(Landing(fetch(SPEC, cache_dir), NAME, stop)) as landing:
+        landing.wait_for(0, SIZE)
+        assert landing.verified()
+
+
+def test_the_beginnings_of_all_files_come_first(hub: HubServer, cache_dir: Path) -> None:
+    hub.add_repo("org/name", model_files(SIZE, shards=3))
+    fetch(SPEC, cache_dir)
+    # Eight connections ask at once, and in no order; four ranges are one file.
+    first = [r for r in hub.requests if "/storage/" in r.path][:8]
+    beginnings = {r.path.rpartition("/")[2] for r in first if str(r.range).startswith("bytes=0-")}
+    assert len(beginnings) == 3
