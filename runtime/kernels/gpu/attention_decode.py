@@ -25,8 +25,8 @@ from runtime.kernels.gpu.attention_tile import (
 # A split of fewer keys than this costs more to merge than it saves.
 MIN_SPLIT_KEYS = 128
 MAX_SPLITS = 64
-# How many float32 of partial results a program holds at once while it merges: 64 registers a thread.
-_MERGE_ELEMENTS_PER_WARP = 2048
+# How many float32 of partial results a program holds at once while it merges: 32 registers a thread.
+_MERGE_ELEMENTS_PER_WARP = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class DecodeConfig:
 def decode_config(head_dim: int, element_size: int) -> DecodeConfig:
     """The fastest measured on an H100 at batch 64 and 256; other head sizes hold as many bytes a tile."""
     if element_size == 4:
-        return DecodeConfig(32, 4, 2)
+        return DecodeConfig(32 if head_dim <= 128 else 16, 4, 2)
     return DecodeConfig(64 if head_dim <= 128 else 32, 4, 3)
 
 

@@ -44,7 +44,7 @@ class PrefillConfig:
 def prefill_config(head_dim: int, element_size: int) -> PrefillConfig:
     """The fastest measured on an H100 for heads of 128; others as their registers and shared memory allow."""
     if element_size == 4:
-        return PrefillConfig(32, 32, 4, 2)
+        return PrefillConfig(32, 16, 8, 2)
     if head_dim > 128:
         return PrefillConfig(128, 64, 8, 2)
     return PrefillConfig(128, 64 if head_dim <= 64 else 128, 8, 2)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # What no kernel may touch: table entries behind a sequence's last block point far outside the cache.
 NOWHERE = 1 << 28
@@ -119,9 +120,10 @@ def reference(
         k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
         capped = torch.tanh(torch.einsum("hid,hjd->hij", q, k) * (scale / softcap)) * softcap
         return torch.einsum("hij,hjd->ihd", (capped + bias).softmax(-1), v)
-    attended = F.scaled_dot_product_attention(
-        q[None], k[None], v[None], attn_mask=bias[None], scale=scale, enable_gqa=True
-    )
+    with sdpa_kernel(SDPBackend.MATH):  # others may compute with TF32
+        attended = F.scaled_dot_product_attention(
+            q[None], k[None], v[None], attn_mask=bias[None], scale=scale, enable_gqa=True
+        )
     return attended[0].transpose(0, 1)
 
 
