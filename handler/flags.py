@@ -116,7 +116,10 @@ ENGINE_FLAGS = (
     Flag("block-size", values.count, "tokens in one block of the paged KV cache (default: 16).", "TOKENS"),
     Flag("max-num-seqs", values.count, "most sequences in one step (default: 256).", "N"),
     Flag(
-        "max-num-batched-tokens", values.count, "most tokens computed in one step (default: 8192 on a GPU, else 2048).", "TOKENS"
+        "max-num-batched-tokens",
+        values.count,
+        "most tokens computed in one step (default: 8192 on a GPU, else 2048).",
+        "TOKENS",
     ),
     Flag(
         "enable-chunked-prefill",
@@ -162,6 +165,26 @@ SERVER_FLAGS = (
         "them out of the process list. Default: no key is asked for.",
         "KEY",
         many=True,
+    ),
+    Flag("api-key-file", str, "a file with such keys, one a line.", "FILE"),
+    Flag(
+        "tool-call-parser",
+        values.choice("auto", "none", "hermes", "llama3_json", "mistral", "internlm", "chatglm3", "json"),
+        "how the model writes tool calls: hermes (Qwen too), llama3_json, mistral, internlm, chatglm3, json, "
+        "or none (default: auto, which finds out from the chat template).",
+        "FORMAT",
+    ),
+    Flag(
+        "reasoning-parser",
+        values.choice("auto", "none", "deepseek_r1", "qwen3", "mistral"),
+        "how the model marks its reasoning: deepseek_r1, qwen3, mistral or none (default: auto).",
+        "FORMAT",
+    ),
+    Flag(
+        "enable-auto-tool-choice",
+        values.boolean,
+        "accepted so that existing commands work; tool calls are always looked for.",
+        switch=True,
     ),
     Flag(
         "max-queue",
