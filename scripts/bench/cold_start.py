@@ -22,7 +22,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from harness import BenchError, answers, checkpoint, page_cache, servers
+from harness import BenchError, answers, checkpoint, machine, page_cache, servers
 from harness.report import Report, make_parser, progress, run
 from harness.servers import Server
 from harness.start_clock import Start, clock
@@ -69,7 +69,7 @@ def measure(
 ) -> tuple[dict[str, list[Start]], dict[str, list[float]]]:
     """The starts of each server, and the limits; both in every run, and each run beginning with another."""
     reference = answers.find(folder).count
-    device = options.device
+    device = machine.device(options.device)
     starts: dict[str, list[Start]] = {server.name: [] for server in chosen}
     limits: dict[str, list[float]] = {}
     progress(f"{state}: one run to warm up")

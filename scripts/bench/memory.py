@@ -4,7 +4,8 @@
 
 PSS: pages that several processes share are counted once, divided among them. Weights that are mapped
 from their file are listed apart, because the kernel takes them back when it needs the room. The limit
-is the size of the weights: no server can compute with less of them in memory.
+is the size of the weights: no server can compute with less of them in memory. Run it with nothing else
+about: pages that a foreign process maps as well (torch's libraries) are divided with that one too.
 """
 
 from __future__ import annotations

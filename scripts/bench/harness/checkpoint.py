@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from harness import BenchError
 
 _HASHED_BYTES = 1 << 16
+_EMBEDDING = "embed_tokens.weight"
 
 
 def config_of(folder: Path) -> dict[str, Any]:
@@ -37,13 +39,33 @@ def weight_bytes(folder: Path) -> int:
 
 def layer_parameters(folder: Path) -> int:
     """How many weights a token of a prompt is multiplied with: all matrices but embedding and head."""
+    bits = config_of(folder).get("quantization_config", {}).get("bits", 32)
     total = 0
-    for file in weight_files(folder):
-        for name, tensor in _header(file)[0].items():
-            shape = tensor["shape"]
-            if len(shape) == 2 and "embed" not in name and "lm_head" not in name:
-                total += shape[0] * shape[1]
+    for name, tensor in _tensors(folder):
+        shape = tensor["shape"]
+        if name.endswith(".qweight"):
+            total += shape[0] * shape[1] * 32 // bits  # GPTQ packs several weights into one int32
+        elif name.endswith(".weight") and len(shape) == 2 and not _at_the_ends(name):
+            total += shape[0] * shape[1]
     return total
+
+
+def embedding_bytes(folder: Path) -> int:
+    """The size of the token embedding."""
+    for name, tensor in _tensors(folder):
+        if name.endswith(_EMBEDDING):
+            begin, end = tensor["data_offsets"]
+            return int(end - begin)
+    raise BenchError(f"there is no {_EMBEDDING} in {folder}")
+
+
+def _at_the_ends(name: str) -> bool:
+    return name.endswith(_EMBEDDING) or name.startswith("lm_head")
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for file in weight_files(folder):
+        yield from _header(file)[0].items()
 
 
 def fingerprint(folder: Path) -> str:
@@ -55,7 +77,7 @@ def fingerprint(folder: Path) -> str:
     for file in weight_files(folder):
         tensors, data_start = _header(file)
         for name in sorted(tensors):
-            if name.endswith("embed_tokens.weight"):
+            if name.endswith(_EMBEDDING):
                 with open(file, "rb") as data:
                     data.seek(data_start + tensors[name]["data_offsets"][0])
                     digest.update(tensors[name]["dtype"].encode() + data.read(_HASHED_BYTES))

@@ -12,7 +12,8 @@ import sys
 import xllamacpp
 
 SLOTS = 8
-CONTEXT_PER_SLOT = 2048
+# Together as much as the default model's longest context.
+CONTEXT_PER_SLOT = 1024
 
 
 def main() -> None:

@@ -43,6 +43,13 @@ def warn_if_busy() -> None:
         )
 
 
+def device(name: str) -> str:
+    """What the device `auto` means on this machine: "cuda" or "cpu"."""
+    if name != "auto":
+        return name
+    return "cuda" if gpus() else "cpu"
+
+
 def gpus() -> list[str]:
     """Name and driver of each GPU, as nvidia-smi tells them; empty where there is none."""
     program = shutil.which("nvidia-smi")
