@@ -1,0 +1,201 @@
+"""Products of few rows with a weight matrix, as decode steps of small batches need them.
+
+The time is that of reading the weights once, so what counts is how many bytes are under way. One row is
+multiplied by plain arithmetic, each program taking some rows of the weights whole. Up to MAX_ROWS rows are
+padded to 16 and go through the tensor cores, the weights through a pipeline of tiles in shared memory. No
+sum is split over programs: the result does not depend on who comes first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from runtime.kernels.gpu.activation import silu
+
+MAX_ROWS = 16
+_PADDED_ROWS = tl.constexpr(16)
+
+
+@dataclass(frozen=True, slots=True)
+class GemvConfig:
+    """How a product is cut up: block_n outputs a program, block_k inputs at a time."""
+
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+_ONE_ROW = GemvConfig(4, 1024, 4, 1)
+_FEW_ROWS = GemvConfig(32, 256, 4, 4)
+# (outputs of the weight, inputs, one row or several) where measuring found something better.
+_CONFIGS: dict[tuple[int, int, bool], GemvConfig] = {}
+
+
+def gemv_config(out_features: int, in_features: int, num_rows: int) -> GemvConfig:
+    """The way of computing products with weights [out_features, in_features]."""
+    single = num_rows == 1
+    return _CONFIGS.get((out_features, in_features, single), _ONE_ROW if single else _FEW_ROWS)
+
+
+def gemv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    silu_mul: bool = False,
+    config: GemvConfig | None = None,
+) -> torch.Tensor:
+    """out = x W^T + bias + residual, or with `silu_mul` silu(gate) * up of its two halves + residual.
+
+    x         [m, in_features], 1 <= m <= MAX_ROWS
+    weight    [out_features, in_features] of x's dtype; with silu_mul all rows of the gate, then of the up
+              projection
+    bias      [out_features]
+    residual  [m, n], where n is out_features, or half of it with silu_mul; may be `out` itself
+    out       [m, n] of any floating type
+
+    All are contiguous. Sums are float32, rounded once at the end. Returns out.
+    """
+    num_rows, in_features = x.shape
+    out_features = weight.shape[0]
+    if not 1 <= num_rows <= MAX_ROWS:
+        raise ValueError(f"gemv takes 1 to {MAX_ROWS} rows, not {num_rows}")
+    config = config or gemv_config(out_features, in_features, num_rows)
+    outputs = out_features // 2 if silu_mul else out_features
+    operands = (
+        x,
+        weight,
+        weight if bias is None else bias,
+        out if residual is None else residual,
+        out,
+    )
+    shape = {
+        "N": outputs,
+        "K": in_features,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "HAS_BIAS": bias is not None,
+        "HAS_RESIDUAL": residual is not None,
+        "GATED": silu_mul,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    grid = (triton.cdiv(outputs, config.block_n),)
+    if num_rows == 1:
+        _one_row_kernel[grid](*operands, **shape)
+    else:
+        _few_rows_kernel[grid](*operands, num_rows, **shape)
+    return out
+
+
+@triton.jit
+def _one_row_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = tl.arange(0, BLOCK_K)
+    inside = output < N
+    rows_ptr = weight_ptr + output[:, None].to(tl.int64) * K + column[None, :]
+    # Each lane adds up its own columns; the lanes are added once, after the last of them.
+    sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    up_sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for start in tl.static_range(0, K, BLOCK_K):
+        within = column + start < K
+        mask = inside[:, None] & within[None, :]
+        x = tl.load(x_ptr + start + column, within, other=0.0).to(tl.float32)[None, :]
+        weight = tl.load(rows_ptr + start, mask, other=0.0, eviction_policy="evict_first")
+        sums += weight.to(tl.float32) * x
+        if GATED:
+            up = tl.load(rows_ptr + N * K + start, mask, other=0.0, eviction_policy="evict_first")
+            up_sums += up.to(tl.float32) * x
+    y = tl.sum(sums, 1)
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + output, inside, other=0.0).to(tl.float32)
+    if GATED:
+        up_y = tl.sum(up_sums, 1)
+        if HAS_BIAS:
+            up_y += tl.load(bias_ptr + N + output, inside, other=0.0).to(tl.float32)
+        y = silu(y) * up_y
+    if HAS_RESIDUAL:
+        y += tl.load(residual_ptr + output, inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + output, y, inside)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _few_rows_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    num_rows,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = tl.arange(0, BLOCK_K)
+    row = tl.arange(0, _PADDED_ROWS)
+    inside = output < N
+    rows_ptr = weight_ptr + output[:, None].to(tl.int64) * K + column[None, :]
+    x_columns_ptr = x_ptr + row[None, :] * K + column[:, None]
+    sums = tl.zeros((BLOCK_N, _PADDED_ROWS), tl.float32)
+    up_sums = tl.zeros((BLOCK_N, _PADDED_ROWS), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        within = column + start < K
+        mask = inside[:, None] & within[None, :]
+        x = tl.load(x_columns_ptr + start, (row < num_rows)[None, :] & within[:, None], other=0.0)
+        weight = tl.load(rows_ptr + start, mask, other=0.0, eviction_policy="evict_first")
+        sums = tl.dot(weight, x, sums)
+        if GATED:
+            up = tl.load(rows_ptr + N * K + start, mask, other=0.0, eviction_policy="evict_first")
+            up_sums = tl.dot(up, x, up_sums)
+    if HAS_BIAS:
+        sums += tl.load(bias_ptr + output, inside, other=0.0).to(tl.float32)[:, None]
+    if GATED:
+        if HAS_BIAS:
+            up_sums += tl.load(bias_ptr + N + output, inside, other=0.0).to(tl.float32)[:, None]
+        sums = silu(sums) * up_sums
+    cell = row[None, :] * N + output[:, None]
+    mask = inside[:, None] & (row < num_rows)[None, :]
+    if HAS_RESIDUAL:
+        sums += tl.load(residual_ptr + cell, mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + cell, sums, mask)
+
+
+def gemv_torch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    silu_mul: bool = False,
+) -> torch.Tensor:
+    """The plain twin of `gemv`."""
+    y = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    if silu_mul:
+        gate, up = y.chunk(2, dim=-1)
+        y = F.silu(gate) * up
+    return out.copy_(y if residual is None else y + residual.float())
