@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from handler.flags import SERVE_FLAGS, collect
+from handler.flags import SERVE_FLAGS, UsageError, collect
 from runtime.catalogue import Catalogue, ModelSpec, find_catalogue, load_catalogue
 from runtime.protocol import EngineConfig
 from runtime.text.template import read_template
@@ -28,6 +28,8 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     engine: EngineConfig
     served_model_names: tuple[str, ...]
     chat_template: str | None = None
+    tool_call_parser: str = "auto"
+    reasoning_parser: str = "auto"
     api_keys: tuple[str, ...] = ()
     max_queue: int = DEFAULT_MAX_QUEUE
     max_request_bytes: int = DEFAULT_MAX_REQUEST_BYTES
@@ -47,15 +49,38 @@ def read_settings(given: Mapping[str, Any], environ: Mapping[str, str] = os.envi
     engine = _engine_config(values, spec)
     default_names = dict.fromkeys(filter(None, (values.get("model"), spec.id)))
     chosen = {
-        name: values[name] for name in ("max_queue", "max_request_bytes", "drain_seconds") if name in values
+        name: values[name]
+        for name in (
+            *("tool_call_parser", "reasoning_parser"),
+            *("max_queue", "max_request_bytes", "drain_seconds"),
+        )
+        if name in values
     }
     return ServerSettings(
         engine=engine,
         served_model_names=tuple(values.get("served_model_name") or default_names),
         chat_template=read_template(template) if template else None,
-        api_keys=tuple(values.get("api_key", ())),
+        api_keys=_api_keys(values),
         **chosen,
     )
+
+
+def _api_keys(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """The keys of --api-key and --api-key-file. A key that is empty would let everybody in."""
+    keys = [key.strip() for key in values.get("api_key", ())]
+    if not all(keys):
+        raise UsageError("--api-key is empty; leave it out if no key shall be asked for")
+    if "api_key_file" in values:
+        file = values["api_key_file"]
+        try:
+            found = Path(file).read_text(encoding="utf-8").split()
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            raise UsageError(f"--api-key-file: cannot read '{file}': {reason}") from None
+        if not found:
+            raise UsageError(f"--api-key-file: '{file}' holds no key")
+        keys += found
+    return tuple(keys)
 
 
 def cache_directory(values: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> str:

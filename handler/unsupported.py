@@ -14,7 +14,6 @@ _KNOWN_ELSEWHERE = {
     "data-parallel-size": "start one server for each replica",
     "disable-log-stats": "statistics are served at /metrics and not logged; leave the flag out",
     "distributed-executor-backend": "ranks are plain processes on one host; leave the flag out",
-    "enable-auto-tool-choice": "tool calls are not supported yet",
     "enable-lora": "adapters are not supported yet",
     "enable-sleep-mode": "sleeping is not supported yet",
     "enforce-eager": "the first tokens always run eagerly; leave the flag out",
@@ -29,7 +28,6 @@ _KNOWN_ELSEWHERE = {
     "middleware": "put a proxy in front of the server",
     "num-gpu-blocks-override": "use --kv-cache-memory-bytes",
     "pipeline-parallel-size": "use --tensor-parallel-size",
-    "reasoning-parser": "reasoning content is not supported yet",
     "response-role": "answers always have the role assistant",
     "rope-scaling": "the model's own config.json is used",
     "root-path": "let the proxy strip the prefix",
@@ -41,7 +39,6 @@ _KNOWN_ELSEWHERE = {
     "task": "only text generation is served; leave the flag out",
     "tokenizer": "the tokenizer comes with the model; leave the flag out",
     "tokenizer-mode": "the tokenizer's format is found from its files; leave the flag out",
-    "tool-call-parser": "tool calls are not supported yet",
     "uvicorn-log-level": "the server logs its start and its failures only; leave the flag out",
 }
 

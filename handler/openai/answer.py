@@ -20,7 +20,7 @@ class BaseAnswer:
     """One request on its way to its answer."""
 
     def __init__(
-        self, service: Service, request: Sampling, *, id_prefix: str, chunk_object: str, prompts: int = 1
+        self, service: Service, request: Sampling, *, id_prefix: str, chunk_object: str, num_sequences: int
     ) -> None:
         service.check_model(request.model)
         options = request.stream_options
@@ -32,8 +32,7 @@ class BaseAnswer:
             raise ApiError(400, message, param="prompt_logprobs", code="unsupported_value")
         self.service = service
         self.stream = request.stream
-        self.num_prompts = prompts
-        self.num_sequences = prompts * request.n
+        self.num_sequences = num_sequences
         self.id = f"{id_prefix}-{uuid.uuid4().hex}"
         self.created = int(time.time())
         self.model = request.model or service.model
@@ -62,13 +61,14 @@ class BaseAnswer:
             "prompt_tokens_details": {"cached_tokens": cached},
         }
 
-    def event(self, choices: bytes) -> bytes:
-        """One event around encoded `choices`."""
+    def event(self, choices: bytes, **extra: Any) -> bytes:
+        """One event around encoded `choices`, with `extra` fields beside them."""
+        fields = b"".join(b"," + encode(name) + b":" + encode(value) for name, value in extra.items())
         if self._continuous:
-            return self._head + choices + b',"usage":' + encode(self.usage()) + b"}\n\n"
-        if self._include_usage:
-            return self._head + choices + b',"usage":null}\n\n'
-        return self._head + choices + b"}\n\n"
+            fields += b',"usage":' + encode(self.usage())
+        elif self._include_usage:
+            fields += b',"usage":null'
+        return self._head + choices + fields + b"}\n\n"
 
     def last(self) -> bytes:
         """The events after the text: the usage, where it was asked for."""

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
-
-from handler.openai import logprobs
 from handler.openai.answer import BaseAnswer, encode
+from handler.openai.conversation import Conversation, Reply
 from handler.openai.errors import ApiError
-from handler.openai.prompts import encode_messages
-from handler.openai.schema import ChatRequest, parse
+from handler.openai.logprobs import TokenNames, chat_content, prompt_entries
+from handler.openai.reply.said import CallDelta, Said
+from handler.openai.schema import ChatRequest
+from handler.openai.strict import parse
 from handler.service import Service
-from runtime.protocol import Submit, TokenLogprobs
-from runtime.text.model_text import ModelText
-from runtime.text.sampling import answer_room, sampling_params
+from runtime.protocol import TokenLogprobs
 from runtime.text.sequence import Sequence, TextDelta
 
 
@@ -32,6 +30,14 @@ class ChatCompletions:
         if request.top_logprobs is not None and not request.logprobs:
             message = "'top_logprobs' is only valid together with 'logprobs': true."
             raise ApiError(400, message, param="top_logprobs", code="invalid_value")
+        given = request.model_fields_set
+        if (
+            request.continue_final_message
+            and request.add_generation_prompt
+            and ("add_generation_prompt" in given)
+        ):
+            message = "'continue_final_message' and 'add_generation_prompt' contradict each other."
+            raise ApiError(400, message, param="continue_final_message", code="invalid_value")
         return ChatAnswer(self.service, request)
 
 
@@ -39,106 +45,130 @@ class ChatAnswer(BaseAnswer):
     """One chat request on its way to its answer."""
 
     def __init__(self, service: Service, request: ChatRequest) -> None:
-        super().__init__(service, request, id_prefix="chatcmpl", chunk_object="chat.completion.chunk")
+        super().__init__(
+            service,
+            request,
+            id_prefix="chatcmpl",
+            chunk_object="chat.completion.chunk",
+            num_sequences=request.n,
+        )
         self.request = request
+        self._conversation = Conversation(service, request, self.id)
+        self._names: TokenNames | None = None
         self._told_role = False
-        self._text: ModelText | None = None
 
     async def prepare(self) -> list[Sequence]:
         """Render and tokenize the messages; one sequence for each of the `n` choices."""
-        request = self.request
-        text = self._text = await self.service.text.ready()
-        prompt = await encode_messages(
-            text,
-            request.messages,
-            add_generation_prompt=request.add_generation_prompt,
-            continue_final_message=request.continue_final_message,
-            add_special_tokens=request.add_special_tokens,
-        )
-        asked = request.max_completion_tokens or request.max_tokens
-        param = "messages" if asked is None else "max_tokens"
-        room = answer_room(len(prompt), asked, text.max_model_len, param)
-        sampling = sampling_params(
-            request,
-            text,
-            max_tokens=room if asked else min(room, text.defaults.get("max_tokens", room)),
-            logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-            prompt_logprobs=request.prompt_logprobs,
-        )
-        for place in range(request.n):
-            seed = None if sampling.seed is None else (sampling.seed + place) % (1 << 63)
-            submit = Submit(
-                request_id=f"{self.id}-{place}",
-                prompt_token_ids=prompt,
-                sampling=msgspec.structs.replace(sampling, seed=seed),
-                cache_salt=request.cache_salt,
-            )
-            self.sequences.append(Sequence(text.tokenizer, submit, request, place, counts_prompt=place == 0))
+        text = await self._conversation.prepare()
+        self._names = TokenNames(text.tokenizer, as_ids=self.request.return_tokens_as_token_ids)
+        self.sequences = self._conversation.sequences
         return self.sequences
+
+    # ---- streamed ------------------------------------------------------------------------------
 
     def chunk(self, batch: list[TextDelta]) -> bytes:
         """The events for what has arrived: the roles first, then one for each choice that grew or ended."""
         events = []
         if not self._told_role:
             self._told_role = True
-            for place in range(len(self.sequences)):
-                head = b'[{"index":%d,"delta":{"role":"assistant","content":""}' % place
-                events.append(self.event(head + b',"logprobs":null,"finish_reason":null}]'))
-        events += [
-            self.event(self._choice(delta))
-            for delta in batch
-            if delta.text or delta.logprobs or delta.finish_reason is not None
-        ]
+            events += [self._role(place) for place in range(len(self.sequences))]
+        for delta in batch:
+            reply = self._conversation.replies[delta.place]
+            said = reply.read(delta)
+            tokens = delta.token_ids if self.request.return_token_ids else []
+            if said or delta.logprobs or tokens or delta.finish_reason is not None:
+                events.append(self.event(self._choice(delta, reply, said)))
         return b"".join(events)
 
-    def _choice(self, delta: TextDelta) -> bytes:
-        content = b'{"content":' + encode(delta.text) + b"}" if delta.text else b"{}"
-        choice = b'[{"index":%d,"delta":' % delta.place + content
-        choice += b',"logprobs":' + encode(self._logprobs(delta.logprobs))
-        if delta.finish_reason is None:
-            return choice + b',"finish_reason":null}]'
-        finish = b',"finish_reason":' + encode(delta.finish_reason)
-        return choice + finish + b',"stop_reason":' + encode(delta.stop_reason) + b"}]"
+    def _role(self, place: int) -> bytes:
+        head = b'[{"index":%d,"delta":{"role":"assistant","content":""}' % place
+        extra: dict[str, Any] = {}
+        if self.request.return_token_ids:
+            extra["prompt_token_ids"] = self.sequences[0].submit.prompt_token_ids
+        return self.event(head + b',"logprobs":null,"finish_reason":null}]', **extra)
 
-    def _logprobs(self, entries: list[TokenLogprobs]) -> dict[str, Any] | None:
-        if not self.request.logprobs:
-            return None
-        assert self._text is not None
-        return {"content": logprobs.chat_content(entries, self._text.tokenizer)}
+    def _choice(self, delta: TextDelta, reply: Reply, said: Said) -> bytes:
+        added: dict[str, Any] = {}
+        if said.reasoning:
+            added["reasoning_content"] = said.reasoning
+        if said.content:
+            added["content"] = said.content
+        if said.calls:
+            added["tool_calls"] = [_call_delta(piece, reply) for piece in said.calls]
+        choice = {
+            "index": delta.place,
+            "delta": added,
+            "logprobs": self._logprobs(delta.logprobs),
+            "finish_reason": reply.finish_reason(delta),
+        }
+        if delta.finish_reason is not None:
+            choice["stop_reason"] = delta.stop_reason
+        if self.request.return_token_ids:
+            choice["token_ids"] = delta.token_ids
+        return b"[" + encode(choice) + b"]"
+
+    # ---- whole ---------------------------------------------------------------------------------
 
     def add(self, batch: list[TextDelta]) -> None:
         """Keep what has arrived for `whole`."""
         for delta in batch:
             self.sequences[delta.place].keep(delta)
+            self._conversation.replies[delta.place].read(delta)
 
     def whole(self) -> bytes:
         """The answer in one piece."""
-        choices = []
-        for sequence in self.sequences:
-            kept = sequence.kept()
-            message: dict[str, Any] = {
-                "role": "assistant",
-                "content": kept.text,
-                "refusal": None,
-                "reasoning_content": None,
-                "tool_calls": [],
-            }
-            choices.append(
-                {
-                    "index": sequence.place,
-                    "message": message,
-                    "logprobs": self._logprobs(kept.logprobs),
-                    "finish_reason": kept.finish_reason,
-                    "stop_reason": kept.stop_reason,
-                }
-            )
+        replies = zip(self.sequences, self._conversation.replies, strict=True)
+        choices = [self._whole_choice(sequence, reply) for sequence, reply in replies]
         answer = self.envelope("chat.completion", choices)
         answer["prompt_logprobs"] = self._prompt_logprobs()
+        if self.request.return_token_ids:
+            answer["prompt_token_ids"] = self.sequences[0].submit.prompt_token_ids
         return encode(answer)
+
+    def _whole_choice(self, sequence: Sequence, reply: Reply) -> dict[str, Any]:
+        kept = sequence.kept()
+        silent = not reply.content and (reply.calls or reply.reasoning)
+        message = {
+            "role": "assistant",
+            "content": None if silent else reply.content,
+            "refusal": None,
+            "reasoning_content": reply.reasoning or None,
+            "tool_calls": [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": call.arguments},
+                }
+                for call in reply.calls
+            ],
+        }
+        choice = {
+            "index": sequence.place,
+            "message": message,
+            "logprobs": self._logprobs(kept.logprobs),
+            "finish_reason": reply.finish_reason(kept),
+            "stop_reason": kept.stop_reason,
+        }
+        return choice | {"token_ids": kept.token_ids} if self.request.return_token_ids else choice
+
+    # ---- scores --------------------------------------------------------------------------------
+
+    def _logprobs(self, entries: list[TokenLogprobs]) -> dict[str, Any] | None:
+        if not self.request.logprobs:
+            return None
+        assert self._names is not None
+        return {"content": chat_content(entries, self._names)}
 
     def _prompt_logprobs(self) -> list[dict[str, Any] | None] | None:
         if self.request.prompt_logprobs is None:
             return None
-        assert self._text is not None
+        assert self._names is not None
         entries = self.sequences[0].prompt_logprobs
-        return list(logprobs.prompt_entries(entries, self._text.tokenizer, self.request.prompt_logprobs))
+        return list(prompt_entries(entries, self._names, self.request.prompt_logprobs))
+
+
+def _call_delta(piece: CallDelta, reply: Reply) -> dict[str, Any]:
+    if piece.name is None:
+        return {"index": piece.index, "function": {"arguments": piece.arguments}}
+    function = {"name": piece.name, "arguments": piece.arguments}
+    return {"index": piece.index, "id": reply.calls[piece.index].id, "type": "function", "function": function}

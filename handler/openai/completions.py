@@ -6,14 +6,14 @@ from typing import Any
 
 import msgspec
 
-from handler.openai import logprobs
 from handler.openai.answer import BaseAnswer, encode
 from handler.openai.errors import ApiError
-from handler.openai.logprobs import CompletionLogprobs, extend
-from handler.openai.prompts import encode_prompts
-from handler.openai.schema import CompletionRequest, parse
+from handler.openai.logprobs import CompletionLogprobs, TokenNames, extend, prompt_entries
+from handler.openai.prompts import banned_ids, encode_prompts
+from handler.openai.schema import CompletionRequest
+from handler.openai.strict import parse
 from handler.service import Service
-from runtime.protocol import Submit
+from runtime.protocol import SamplingParams, Submit
 from runtime.text.model_text import ModelText
 from runtime.text.sampling import answer_room, sampling_params
 from runtime.text.sequence import Sequence, TextDelta
@@ -33,8 +33,11 @@ class Completions:
     def parse(self, body: Any) -> CompletionAnswer:
         """The request in a decoded body. Raises `ApiError` for one that cannot be served."""
         request = parse(CompletionRequest, body)
-        if request.best_of not in (None, request.n):
-            message = f"'best_of' is supported only with the value of 'n' ({request.n})."
+        if request.best_of is not None and request.best_of < request.n:
+            message = f"'best_of' ({request.best_of}) is less than 'n' ({request.n})."
+            raise ApiError(400, message, param="best_of", code="invalid_value")
+        if request.best_of not in (None, request.n) and request.stream:
+            message = "'best_of' cannot be streamed: the best is known when all are complete."
             raise ApiError(400, message, param="best_of", code="unsupported_value")
         if request.max_tokens == 0 and not request.echo:
             message = "'max_tokens': 0 leaves nothing to answer unless 'echo' is true."
@@ -52,39 +55,28 @@ class CompletionAnswer(BaseAnswer):
     def __init__(self, service: Service, request: CompletionRequest) -> None:
         prompt = request.prompt
         several = isinstance(prompt, list) and not isinstance(prompt[0], int)
+        self._prompts: list[Any] = list(prompt) if several else [prompt]
+        self._tries = request.best_of or request.n
         super().__init__(
             service,
             request,
             id_prefix="cmpl",
             chunk_object="text_completion",
-            prompts=len(prompt) if several else 1,
+            num_sequences=len(self._prompts) * self._tries,
         )
         self.request = request
-        self._prompts: list[Any] = list(prompt) if several else [prompt]
         self._choices: list[_Choice] = []
-        self._text: ModelText | None = None
 
     async def prepare(self) -> list[Sequence]:
-        """Tokenize the prompts; `n` sequences for each of them, in order."""
+        """Tokenize the prompts; `n` sequences (or `best_of`) for each of them, in order."""
         request = self.request
-        text = self._text = await self.service.text.ready()
+        text = await self.service.text.ready()
         prompts = await encode_prompts(text, self._prompts, request.add_special_tokens)
-        scored = request.logprobs if request.echo else None
-        asked = request.prompt_logprobs
+        banned = banned_ids(text, request.bad_words)
         for number, prompt in enumerate(prompts):
-            default = text.defaults.get("max_tokens", DEFAULT_MAX_TOKENS)
-            wanted = default if request.max_tokens is None else request.max_tokens
-            # An answer of no tokens has no sampling step of its own: one token is made and not shown.
-            room = answer_room(len(prompt), max(1, wanted), text.max_model_len, "max_tokens")
-            sampling = sampling_params(
-                request,
-                text,
-                max_tokens=room,
-                logprobs=request.logprobs,
-                prompt_logprobs=asked if scored is None else max(scored, asked or 0),
-            )
-            for turn in range(request.n):
-                place = number * request.n + turn
+            sampling = self._sampling(text, len(prompt), banned)
+            for turn in range(self._tries):
+                place = number * self._tries + turn
                 seed = None if sampling.seed is None else (sampling.seed + turn) % (1 << 63)
                 submit = Submit(
                     request_id=f"{self.id}-{place}",
@@ -92,11 +84,27 @@ class CompletionAnswer(BaseAnswer):
                     sampling=msgspec.structs.replace(sampling, seed=seed),
                     cache_salt=request.cache_salt,
                 )
-                self.sequences.append(
-                    Sequence(text.tokenizer, submit, request, place, counts_prompt=turn == 0)
-                )
-                self._choices.append(_Choice(request, text, self._prompts[number], self.sequences[-1]))
+                sequence = Sequence(text.tokenizer, submit, request, place, counts_prompt=turn == 0)
+                self.sequences.append(sequence)
+                self._choices.append(_Choice(request, text, self._prompts[number], sequence))
         return self.sequences
+
+    def _sampling(self, text: ModelText, prompt_tokens: int, banned: list[int]) -> SamplingParams:
+        request = self.request
+        default = text.defaults.get("max_tokens", DEFAULT_MAX_TOKENS)
+        wanted = default if request.max_tokens is None else request.max_tokens
+        ranked = self._tries > request.n
+        scored = request.logprobs if request.echo else None
+        asked = request.prompt_logprobs
+        return sampling_params(
+            request,
+            text,
+            # An answer of no tokens has no sampling step of its own: one token is made and not shown.
+            max_tokens=answer_room(prompt_tokens, max(1, wanted), text.max_model_len, "max_tokens"),
+            logprobs=0 if ranked and request.logprobs is None else request.logprobs,
+            prompt_logprobs=asked if scored is None else max(scored, asked or 0),
+            banned=banned,
+        )
 
     def usage(self) -> dict[str, Any]:
         """How many tokens there are by now; a token that is not shown is not counted."""
@@ -110,7 +118,8 @@ class CompletionAnswer(BaseAnswer):
         events = []
         for delta in batch:
             choice = self._choices[delta.place].next(delta)
-            if choice["text"] or choice["logprobs"] or delta.finish_reason is not None:
+            grew = choice["text"] or choice["logprobs"] or choice.get("token_ids")
+            if grew or delta.finish_reason is not None:
                 events.append(self.event(b"[" + encode(choice) + b"]"))
         return b"".join(events)
 
@@ -120,8 +129,16 @@ class CompletionAnswer(BaseAnswer):
             self._choices[delta.place].keep(delta)
 
     def whole(self) -> bytes:
-        """The answer in one piece."""
-        return encode(self.envelope("text_completion", [choice.whole() for choice in self._choices]))
+        """The answer in one piece: of each prompt's choices the best, likeliest by token first."""
+        n, tries = self.request.n, self._tries
+        shown = []
+        for start in range(0, len(self._choices), tries):
+            choices = self._choices[start : start + tries]
+            if tries > n:
+                choices = sorted(choices, key=_Choice.score, reverse=True)[:n]
+            shown += [choice.whole() for choice in choices]
+        numbered = [choice | {"index": index} for index, choice in enumerate(shown)]
+        return encode(self.envelope("text_completion", numbered))
 
 
 class _Choice:
@@ -134,28 +151,35 @@ class _Choice:
         self._tokenizer = text.tokenizer
         self._prompt = prompt
         self._sequence = sequence
-        self._logprobs = CompletionLogprobs(text.tokenizer, request.logprobs or 0)
+        self._names = TokenNames(text.tokenizer, as_ids=request.return_tokens_as_token_ids)
+        self._logprobs = CompletionLogprobs(self._names, request.logprobs or 0)
         self._begun = False
         self._pieces: list[dict[str, Any]] = []
+        self._scores: list[float] = []
 
     def next(self, delta: TextDelta) -> dict[str, Any]:
         """The next piece as OpenAI's streams show it."""
+        request = self._request
+        shown = request.max_tokens != 0
+        ids = {"prompt_token_ids": self._sequence.submit.prompt_token_ids} if not self._begun else {}
         text, scores = self._begin() if not self._begun else ("", None)
-        if self._request.max_tokens != 0:
+        if shown:
             text += delta.text
-            if self._request.logprobs is not None:
+            if request.logprobs is not None:
                 piece = self._logprobs.take(delta.logprobs)
                 scores = extend(scores, piece) if delta.logprobs or scores is None else scores
         if scores is not None and not scores["tokens"]:
             scores = None
-        length = self._request.max_tokens == 0 and delta.finish_reason is not None
-        return {
+        choice = {
             "index": self._sequence.place,
             "text": text,
             "logprobs": scores,
-            "finish_reason": "length" if length else delta.finish_reason,
-            "stop_reason": delta.stop_reason,
+            "finish_reason": delta.finish_reason if shown or delta.finish_reason is None else "length",
+            "stop_reason": delta.stop_reason if shown else None,
         }
+        if request.return_token_ids:
+            choice |= {**ids, "token_ids": delta.token_ids if shown else []}
+        return choice
 
     def _begin(self) -> tuple[str, dict[str, Any] | None]:
         self._begun = True
@@ -171,21 +195,28 @@ class _Choice:
     def keep(self, delta: TextDelta) -> None:
         """Put a piece aside for `whole`."""
         self._pieces.append(self.next(delta))
+        self._scores += [entry.logprob for entry in delta.logprobs]
+
+    def score(self) -> float:
+        """The log-probability by token, by which the best choice is found; see `best_of`."""
+        return sum(self._scores) / len(self._scores) if self._scores else float("-inf")
 
     def whole(self) -> dict[str, Any]:
         """All pieces in one, with the prompt's own log-probabilities where they were asked for."""
+        first, last = self._pieces[0], self._pieces[-1]
         scores: dict[str, Any] | None = None
         for piece in self._pieces:
             if piece["logprobs"] is not None:
                 scores = extend(scores, piece["logprobs"])
         choice = {
-            **self._pieces[-1],
+            **first,
+            **last,
             "text": "".join(piece["text"] for piece in self._pieces),
             "logprobs": scores,
         }
+        if self._request.return_token_ids:
+            choice["token_ids"] = [index for piece in self._pieces for index in piece["token_ids"]]
         asked = self._request.prompt_logprobs
         entries = self._sequence.prompt_logprobs
-        choice["prompt_logprobs"] = (
-            None if asked is None else logprobs.prompt_entries(entries, self._tokenizer, asked)
-        )
+        choice["prompt_logprobs"] = None if asked is None else prompt_entries(entries, self._names, asked)
         return choice

@@ -13,18 +13,38 @@ if TYPE_CHECKING:
 _LOWEST = -9999.0
 
 
+class TokenNames:
+    """How tokens are called in answers: by their text or, with `as_ids`, unmistakably as `token_id:5`."""
+
+    def __init__(self, tokenizer: Tokenizer, *, as_ids: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._as_ids = as_ids
+
+    def text(self, token_id: int) -> str:
+        """The token's own text."""
+        return self._tokenizer.token_text(token_id)
+
+    def bytes(self, token_id: int) -> list[int]:
+        """The token's own bytes."""
+        return list(self._tokenizer.token_bytes(token_id))
+
+    def name(self, token_id: int) -> str:
+        """What the token is called."""
+        return f"token_id:{token_id}" if self._as_ids else self._tokenizer.token_text(token_id)
+
+
 def _finite(logprob: float) -> float:
     return max(logprob, _LOWEST)
 
 
-def chat_content(entries: list[TokenLogprobs], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+def chat_content(entries: list[TokenLogprobs], names: TokenNames) -> list[dict[str, Any]]:
     """`logprobs.content` of a chat choice: one entry per token, with its alternatives."""
 
     def describe(token_id: int, logprob: float) -> dict[str, Any]:
         return {
-            "token": tokenizer.token_text(token_id),
+            "token": names.name(token_id),
             "logprob": _finite(logprob),
-            "bytes": list(tokenizer.token_bytes(token_id)),
+            "bytes": names.bytes(token_id),
         }
 
     return [
@@ -37,8 +57,8 @@ def chat_content(entries: list[TokenLogprobs], tokenizer: Tokenizer) -> list[dic
 class CompletionLogprobs:
     """`logprobs` of a completion choice: parallel lists, with each token's offset in the text."""
 
-    def __init__(self, tokenizer: Tokenizer, num_top: int) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, names: TokenNames, num_top: int) -> None:
+        self._names = names
         self._num_top = num_top
         self._offset = 0
 
@@ -48,10 +68,9 @@ class CompletionLogprobs:
         rows: list[tuple[int, TokenLogprobs | None]] = [(token_id, None) for token_id in first or ()]
         rows += [(entry.token_id, entry) for entry in entries]
         for token_id, entry in rows:
-            token = self._tokenizer.token_text(token_id)
-            tokens.append(token)
+            tokens.append(self._names.name(token_id))
             offsets.append(self._offset)
-            self._offset += len(token)
+            self._offset += len(self._names.text(token_id))
             logprobs.append(None if entry is None else _finite(entry.logprob))
             tops.append(None if entry is None else self._top(entry))
         return {
@@ -63,18 +82,18 @@ class CompletionLogprobs:
 
     def _top(self, entry: TokenLogprobs) -> dict[str, float]:
         best = entry.top[: self._num_top]
-        top = {self._tokenizer.token_text(token_id): _finite(logprob) for token_id, logprob in best}
+        top = {self._names.name(token_id): _finite(logprob) for token_id, logprob in best}
         # The chosen token is always among them, even where it was not likely.
-        return top | {self._tokenizer.token_text(entry.token_id): _finite(entry.logprob)}
+        return top | {self._names.name(entry.token_id): _finite(entry.logprob)}
 
 
 def prompt_entries(
-    entries: list[TokenLogprobs | None], tokenizer: Tokenizer, top: int
+    entries: list[TokenLogprobs | None], names: TokenNames, top: int
 ) -> list[dict[str, dict[str, Any]] | None]:
     """vLLM's `prompt_logprobs`: for each prompt token, its own entry and the `top` best, by token id."""
 
     def describe(token_id: int, logprob: float, rank: int) -> dict[str, Any]:
-        return {"logprob": _finite(logprob), "rank": rank, "decoded_token": tokenizer.token_text(token_id)}
+        return {"logprob": _finite(logprob), "rank": rank, "decoded_token": names.text(token_id)}
 
     result: list[dict[str, dict[str, Any]] | None] = []
     for entry in entries:

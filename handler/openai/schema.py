@@ -2,58 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
-from handler.openai.errors import ApiError
-from handler.openai.fields import settle
+from handler.openai.messages import Messages
+from handler.openai.strict import Strict
+from handler.openai.tools import ToolChoice, Tools
 
 MAX_N = 128
 MAX_LOGPROBS = 20
-MAX_MESSAGES = 4096
 MAX_PROMPTS = 1024
 
+BadWord = Annotated[str, Field(min_length=1, max_length=256)]
 StopText = Annotated[str, Field(min_length=1, max_length=1024)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 # One bad id is enough: a million complaints about a million bad ids would only cost memory.
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+TemplateVariables = Annotated[dict[str, Any], Field(max_length=32)]
+Documents = Annotated[list[dict[str, str]], Field(max_length=1024)]
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 CacheSalt = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,256}$")]
-
-
-class Strict(BaseModel):
-    """No field beyond the named ones, no value turned into another type."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
-
-
-class TextPart(Strict):
-    """A piece of a message's content."""
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(Strict):
-    """One turn of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
-    name: str | None = None
-    # What assistant turns carry when a client sends an answer back; only their empty values make sense here.
-    refusal: None = None
-    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
-    function_call: None = None
-    audio: None = None
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
-    reasoning_content: None = None
-
-    @property
-    def text(self) -> str:
-        """The content in one piece."""
-        if isinstance(self.content, str):
-            return self.content
-        return "\n".join(part.text for part in self.content)
 
 
 class StreamOptions(Strict):
@@ -90,6 +59,9 @@ class Sampling(Strict):
     skip_special_tokens: bool = True
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     cache_salt: CacheSalt = ""
+    bad_words: Annotated[list[BadWord], Field(max_length=128)] = []
+    return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
 
     @field_validator("logit_bias")
     @classmethod
@@ -113,7 +85,7 @@ class Sampling(Strict):
 class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    messages: Messages
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
@@ -122,6 +94,13 @@ class ChatRequest(Sampling):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False
+    chat_template_kwargs: TemplateVariables = {}
+    documents: Documents = []
+    reasoning_effort: ReasoningEffort | None = None
+    include_reasoning: bool = True
+    tools: Tools = []
+    tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool = True
 
 
 class CompletionRequest(Sampling):
@@ -134,7 +113,7 @@ class CompletionRequest(Sampling):
         | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
-    best_of: int | None = None
+    best_of: int | None = Field(None, ge=1, le=MAX_N)
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     add_special_tokens: bool = True
@@ -145,10 +124,12 @@ class TokenizeRequest(Strict):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    chat_template_kwargs: TemplateVariables = {}
+    tools: Tools = []
     return_token_strs: bool = False
 
 
@@ -157,44 +138,3 @@ class DetokenizeRequest(Strict):
 
     model: str | None = None
     tokens: Annotated[list[TokenId], Field(fail_fast=True)]
-
-
-T = TypeVar("T", bound=Strict)
-
-
-def parse(model: type[T], body: Any) -> T:
-    """`body`, decoded JSON, as the request `model`. Raises `ApiError` 400 naming the field at fault."""
-    if not isinstance(body, dict):
-        raise ApiError(400, "The request body must be a JSON object.", code="invalid_type")
-    kept = settle(body, frozenset(model.model_fields))
-    try:
-        return model.model_validate(kept)
-    except ValidationError as error:
-        raise _as_api_error(error, kept) from None
-
-
-def _as_api_error(error: ValidationError, body: dict[str, Any]) -> ApiError:
-    # Of a union's complaints, the one that went deepest into the body speaks of what was meant.
-    complaint = max(error.errors(include_url=False, include_context=False), key=lambda e: len(e["loc"]))
-    path = _path(complaint["loc"], body)
-    if complaint["type"] == "missing":
-        param = ".".join([*path, str(complaint["loc"][-1])])
-        return ApiError(400, f"'{param}' is missing.", param=param, code="missing_required_parameter")
-    param = ".".join(path)
-    if complaint["type"] == "extra_forbidden":
-        return ApiError(400, f"Unknown field '{param}'.", param=param, code="unknown_parameter")
-    message = complaint["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
-    return ApiError(400, f"'{param}' is not valid: {message}.", param=param, code="invalid_value")
-
-
-def _path(location: tuple[int | str, ...], body: Any) -> list[str]:
-    """The part of a complaint's location that lies in the body, without the names of union members."""
-    path = []
-    here = body
-    for step in location:
-        in_object = isinstance(here, dict) and step in here
-        if in_object or (isinstance(here, list) and isinstance(step, int) and step < len(here)):
-            path.append(str(step)[:100])
-            here = here[step]
-    return path

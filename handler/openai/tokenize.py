@@ -12,8 +12,12 @@ from starlette.types import Receive, Scope, Send
 from handler.asgi import ClientGone, send_bytes, send_error
 from handler.limits import decode_json, read_body
 from handler.openai.errors import ApiError, as_api_error
+from handler.openai.messages import as_turns
 from handler.openai.prompts import encode_messages, encode_prompts
-from handler.openai.schema import DetokenizeRequest, TokenizeRequest, parse
+from handler.openai.reply.formats import call_format
+from handler.openai.schema import DetokenizeRequest, TokenizeRequest
+from handler.openai.strict import parse
+from handler.openai.tools import offered
 from handler.service import Service
 from handler.textroom import off_loop
 from runtime.errors import FirstlightError
@@ -57,7 +61,10 @@ class Tokenize(_JsonEndpoint):
         if request.messages is not None:
             ids = await encode_messages(
                 text,
-                request.messages,
+                as_turns(request.messages),
+                tools=offered(request.tools, "auto"),
+                call_format=call_format(self.service.settings.tool_call_parser, text),
+                variables=request.chat_template_kwargs,
                 add_generation_prompt=request.add_generation_prompt,
                 continue_final_message=request.continue_final_message,
                 add_special_tokens=bool(special),

@@ -18,15 +18,21 @@ class Detokenizer:
     """The growing text of one sequence.
 
     All that `push` and `flush` return, joined, is `tokenizer.decode` of all ids; after `prompt_ids`,
-    it is what those ids add to the prompt's text.
+    it is what those ids add to the prompt's text. Special tokens among `shown_ids` are never skipped.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()
+        self,
+        tokenizer: Tokenizer,
+        *,
+        skip_special_tokens: bool = True,
+        prompt_ids: Sequence[int] = (),
+        shown_ids: frozenset[int] = frozenset(),
     ) -> None:
         steps = _Bytes if tokenizer.joins_bytes else _Window
+        skipped = tokenizer.special_ids - shown_ids if skip_special_tokens else frozenset[int]()
         context = list(prompt_ids[-_CONTEXT:])
-        self._steps: _Bytes | _Window = steps(tokenizer, skip_special_tokens, context)
+        self._steps: _Bytes | _Window = steps(tokenizer, skipped, context)
 
     def push(self, ids: Sequence[int]) -> str:
         """Take in the next ids and return the text that is now certain."""
@@ -40,15 +46,20 @@ class Detokenizer:
 class _Bytes:
     """For decoders that join bytes: an incremental UTF-8 decoder holds back just the incomplete ones."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, context: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, skipped: frozenset[int], context: Sequence[int]) -> None:
         self._bytes_of = tokenizer.token_bytes
-        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._skipped = skipped
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._drops_space = tokenizer.drops_first_space
         self.push(context)
 
     def push(self, ids: Sequence[int]) -> str:
         skipped = self._skipped
-        return self._decoder.decode(b"".join([self._bytes_of(i) for i in ids if i not in skipped]))
+        text = self._decoder.decode(b"".join([self._bytes_of(i) for i in ids if i not in skipped]))
+        if self._drops_space and text:
+            self._drops_space = False
+            return text.removeprefix(" ")
+        return text
 
     def flush(self) -> str:
         return self._decoder.decode(b"", final=True)
@@ -61,9 +72,9 @@ class _Window:
     beginning of a text (such as dropping a space) happens in both.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, context: list[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, skipped: frozenset[int], context: list[int]) -> None:
         self._tokenizer = tokenizer
-        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._skipped = skipped
         self._ids = [index for index in context if index not in self._skipped]
         self._num_sent = len(self._ids)
         self._sent = self._decode(self._ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -65,8 +66,11 @@ def sampling_params(
     max_tokens: int,
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
+    banned: Iterable[int] = (),
 ) -> SamplingParams:
     """Settle every value: the request's, else the model's own default, else OpenAI's.
+
+    Tokens that are `banned` never come.
 
     Raises `RequestError` for token ids outside the vocabulary and for bounds that contradict each other.
     """
@@ -85,7 +89,7 @@ def sampling_params(
     stops = (*asked.stop_token_ids, *(() if asked.ignore_eos else text.eos_token_ids))
     return SamplingParams(
         max_tokens=max_tokens,
-        logit_bias=asked.biases,
+        logit_bias={**asked.biases, **dict.fromkeys(banned, -math.inf)},
         stop_token_ids=tuple(dict.fromkeys(stops)),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,

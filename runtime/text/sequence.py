@@ -47,7 +47,11 @@ class TextDelta:
 
 
 class Sequence:
-    """One sequence on its way. `counts_prompt` is set on one of those that share a prompt."""
+    """One sequence on its way.
+
+    `counts_prompt` is set on one of those that share a prompt; `shown_ids` are special tokens whose text
+    is shown even where others are skipped.
+    """
 
     def __init__(
         self,
@@ -57,6 +61,7 @@ class Sequence:
         place: int,
         *,
         counts_prompt: bool = True,
+        shown_ids: frozenset[int] = frozenset(),
     ) -> None:
         self.submit = submit
         self.place = place
@@ -72,6 +77,7 @@ class Sequence:
             tokenizer,
             skip_special_tokens=options.skip_special_tokens,
             prompt_ids=submit.prompt_token_ids,
+            shown_ids=shown_ids,
         )
         self._kept: list[TextDelta] = []
 

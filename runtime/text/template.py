@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -35,6 +36,7 @@ class ChatTemplate:
             raise ChatTemplateError(
                 f"the model has no chat template named 'default'; it has {', '.join(sources) or 'none'}"
             )
+        self._sources = dict(sources)
         self._templates = {name: _compile(name, text) for name, text in sources.items()}
         self._special_tokens = dict(special_tokens or {})
 
@@ -44,6 +46,15 @@ class ChatTemplate:
         if not tokenizer.chat_templates:
             return None
         return cls(tokenizer.chat_templates, special_tokens=tokenizer.special_tokens)
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """The names that the template takes from outside, `messages` and special tokens included."""
+        return frozenset().union(*map(_variables, self._sources.values()))
+
+    def mentions(self, text: str) -> bool:
+        """Whether the template's source spells `text` anywhere: a tag, or the name of a role."""
+        return any(text in source for source in self._sources.values())
 
     def render(
         self,
@@ -75,6 +86,14 @@ class ChatTemplate:
             raise RequestError(
                 f"the model's chat template refuses these messages: {detail}", "messages"
             ) from error
+
+
+def _variables(source: str) -> set[str]:
+    from jinja2 import meta
+
+    from runtime.text.sandbox import ChatTemplateEnvironment
+
+    return meta.find_undeclared_variables(ChatTemplateEnvironment().parse(source))
 
 
 def read_template(template: str) -> str:

@@ -21,7 +21,7 @@ from tests.handler.fake_engine import FakeEngine
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 LATER: dict[str, Any] = {
-    "tools": [TOOL],
+    "bad_words": ["more than one token"],
     "tool_choice": "required",
     "functions": [{"name": "f"}],
     "function_call": {"name": "f"},
@@ -43,14 +43,11 @@ LATER: dict[str, Any] = {
     "documents": [{"text": "x"}],
     "mm_processor_kwargs": {"x": 1},
     "logits_processors": ["x"],
-    "bad_words": ["x"],
     "allowed_token_ids": [1],
     "use_beam_search": True,
     "length_penalty": 1.5,
     "truncate_prompt_tokens": 5,
     "spaces_between_special_tokens": False,
-    "return_token_ids": True,
-    "return_tokens_as_token_ids": True,
     "priority": 3,
     "echo": True,
     "kv_transfer_params": {},
@@ -146,7 +143,10 @@ def test_values_out_of_range_are_refused_by_name(server: Server, name: str, valu
     ("fields", "param"),
     [
         ({"suffix": "end"}, "suffix"),
-        ({"best_of": 2}, "best_of"),
+        ({"best_of": 2, "n": 3}, "best_of"),
+        ({"best_of": 2, "stream": True}, "best_of"),
+        ({"bad_words": ["ab"]}, "bad_words"),
+        ({"tools": []}, "tools"),
         ({"prompt": []}, "prompt"),
         ({"prompt": ""}, "prompt"),
         ({"prompt": [[1], []]}, "prompt"),
@@ -171,11 +171,23 @@ def test_completions_refuse_by_name(server: Server, fields: dict[str, Any], para
 @pytest.mark.parametrize(
     ("message", "param"),
     [
-        ({"role": "tool", "content": "x"}, "messages.0.role"),
+        ({"role": "robot", "content": "x"}, "messages.0.role"),
+        ({"content": "x"}, "messages.0.role"),
+        ({"role": "tool", "content": "x"}, "messages.0.tool_call_id"),
+        ({"role": "user", "content": "x", "tool_calls": []}, "messages.0.tool_calls"),
+        ({"role": "assistant", "content": None}, "messages.0.content"),
+        ({"role": "assistant", "content": None, "tool_calls": []}, "messages.0.content"),
         ({"role": "user"}, "messages.0.content"),
         ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "messages.0.content.0.type"),
         ({"role": "user", "content": "x", "colour": "red"}, "messages.0.colour"),
-        ({"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}, "messages.0.tool_calls"),
+        (
+            {"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]},
+            "messages.0.tool_calls.0.function",
+        ),
+        (
+            {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "["}}]},
+            "messages.0.tool_calls.0.function.arguments",
+        ),
     ],
 )
 def test_messages_are_checked_to_the_depth(server: Server, message: dict[str, Any], param: str) -> None:

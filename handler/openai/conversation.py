@@ -1,0 +1,152 @@
+"""A chat request between its fields and the engine: the prompt it makes, and how its replies are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+
+from handler.openai.messages import as_turns
+from handler.openai.prompts import banned_ids, encode_messages, template_variables
+from handler.openai.reply.formats import CallFormat, call_format, reasoning_tags
+from handler.openai.reply.reader import ReplyReader
+from handler.openai.reply.reasoning import Reasoning
+from handler.openai.reply.said import Said
+from handler.openai.schema import ChatRequest
+from handler.openai.tools import offered
+from handler.service import Service
+from runtime.protocol import Submit
+from runtime.text.model_text import ModelText
+from runtime.text.sampling import answer_room, sampling_params
+from runtime.text.sequence import Sequence, TextDelta
+
+# As much of a prompt's end as can hold the tag that opens the reasoning.
+_PROMPT_END = 16
+
+
+@dataclass
+class Call:
+    """One tool call of a reply; `arguments` is JSON text as far as it has come."""
+
+    id: str
+    name: str
+    arguments: str = ""
+
+
+class Reply:
+    """One choice's reply: what its text says, piece by piece and in all."""
+
+    def __init__(self, reader: ReplyReader, call_format: CallFormat | None, show_reasoning: bool) -> None:
+        self._reader = reader
+        self._format = call_format
+        self._show_reasoning = show_reasoning
+        self.reasoning = ""
+        self.content = ""
+        self.calls: list[Call] = []
+
+    def read(self, delta: TextDelta) -> Said:
+        """What a piece of the sequence adds."""
+        said = self._reader.push(delta.text)
+        if delta.finish_reason is not None:
+            rest = self._reader.flush()
+            said.reasoning += rest.reasoning
+            said.content += rest.content
+            for piece in rest.calls:
+                said.call(piece)
+        if not self._show_reasoning:
+            said.reasoning = ""
+        self.reasoning += said.reasoning
+        self.content += said.content
+        for piece in said.calls:
+            if piece.name is not None:
+                assert self._format is not None
+                self.calls.append(Call(self._format.new_id(), piece.name))
+            self.calls[-1].arguments += piece.arguments
+        return said
+
+    def finish_reason(self, delta: TextDelta) -> str | None:
+        """Why the sequence ended: it called tools, unless it was cut off on the way."""
+        return "tool_calls" if self.calls and delta.finish_reason == "stop" else delta.finish_reason
+
+
+class Conversation:
+    """One chat request on the engine's side. After `prepare`, one sequence and one reply for each choice."""
+
+    def __init__(self, service: Service, request: ChatRequest, name: str) -> None:
+        self.service = service
+        self.request = request
+        self.name = name
+        self.sequences: list[Sequence] = []
+        self.replies: list[Reply] = []
+        self.tools = offered(request.tools, request.tool_choice)
+        self.turns = as_turns(request.messages)
+
+    async def prepare(self) -> ModelText:
+        """Render and tokenize the messages. Raises `ApiError` or `RequestError` for what cannot be."""
+        request = self.request
+        text = await self.service.text.ready()
+        settings = self.service.settings
+        calls = call_format(settings.tool_call_parser, text)
+        tags = reasoning_tags(settings.reasoning_parser, text)
+        effort = request.reasoning_effort
+        prompt = await encode_messages(
+            text,
+            self.turns,
+            tools=self.tools,
+            call_format=calls,
+            add_generation_prompt=request.add_generation_prompt,
+            continue_final_message=request.continue_final_message,
+            add_special_tokens=request.add_special_tokens,
+            variables=template_variables(text, request.chat_template_kwargs, request.documents, effort),
+        )
+        asked = request.max_completion_tokens or request.max_tokens
+        param = "messages" if asked is None else "max_tokens"
+        room = answer_room(len(prompt), asked, text.max_model_len, param)
+        sampling = sampling_params(
+            request,
+            text,
+            max_tokens=room if asked else min(room, text.defaults.get("max_tokens", room)),
+            logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+            prompt_logprobs=request.prompt_logprobs,
+            banned=banned_ids(text, request.bad_words),
+        )
+        reads_calls = calls if calls is not None and (self.tools or calls.always) else None
+        shown = _ids(text, (*(reads_calls.tags if reads_calls else ()), *(tags or ())))
+        for place in range(request.n):
+            seed = None if sampling.seed is None else (sampling.seed + place) % (1 << 63)
+            submit = Submit(
+                request_id=f"{self.name}-{place}",
+                prompt_token_ids=prompt,
+                sampling=msgspec.structs.replace(sampling, seed=seed),
+                cache_salt=request.cache_salt,
+            )
+            sequence = Sequence(
+                text.tokenizer, submit, request, place, counts_prompt=place == 0, shown_ids=shown
+            )
+            self.sequences.append(sequence)
+            self.replies.append(self._reply(reads_calls, tags, text, prompt))
+        return text
+
+    def _reply(
+        self,
+        calls: CallFormat | None,
+        tags: tuple[str, str] | None,
+        text: ModelText,
+        prompt: list[int],
+    ) -> Reply:
+        reasoning = None
+        if tags is not None:
+            end = text.tokenizer.decode(prompt[-_PROMPT_END:], skip_special_tokens=False)
+            reasoning = Reasoning(*tags, inside=end.rstrip().endswith(tags[0]))
+        names = {tool["function"]["name"] for tool in self.tools}
+        reader = ReplyReader(
+            reasoning,
+            calls.reader(names) if calls is not None else None,
+            parallel=self.request.parallel_tool_calls,
+        )
+        return Reply(reader, calls, self.request.include_reasoning)
+
+
+def _ids(text: ModelText, tokens: tuple[str, ...]) -> frozenset[int]:
+    found = (text.tokenizer.id_of(token) for token in tokens)
+    return frozenset(token_id for token_id in found if token_id is not None)

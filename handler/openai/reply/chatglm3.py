@@ -1,0 +1,71 @@
+"""ChatGLM3's replies: a first line that is empty or names a tool, then the content or a call in Python.
+
+get_weather
+ ```python
+tool_call(city='Beijing')
+```
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Collection
+
+from handler.openai.reply.json_call import CallWriter
+from handler.openai.reply.said import Said
+
+_CODE = re.compile(r"```(?:python)?\s*\n(.*?)(?:```|\Z)", re.DOTALL)
+
+
+class ChatGlm3Calls:
+    """Reads replies whose first line names one of `names`; all others are content without that line's end."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        self._names = names
+        self._waiting = ""
+        self._is_content = False
+        self._calls = CallWriter()
+
+    def push(self, text: str) -> Said:
+        """See `CallReader`."""
+        if self._is_content:
+            return Said(content=text)
+        self._waiting += text
+        line, end, rest = self._waiting.partition("\n")
+        if end and line.strip() in self._names:
+            return Said()  # the code must be whole before it can be read
+        if not end and (not line.strip() or any(name.startswith(line.strip()) for name in self._names)):
+            return Said()
+        if not line.strip() and not rest.strip():
+            return Said()  # the content begins with its first visible character
+        self._is_content = True
+        return Said(content=self._waiting if line.strip() else rest.lstrip())
+
+    def flush(self) -> Said:
+        """See `CallReader`."""
+        said = Said()
+        if self._is_content:
+            return said
+        line, _, rest = self._waiting.partition("\n")
+        arguments = _arguments(rest)
+        if line.strip() in self._names and arguments is not None:
+            self._calls.begin(line.strip(), said)
+            self._calls.go_on(arguments, said)
+        elif line.strip():
+            said.content = self._waiting
+        return said
+
+
+def _arguments(text: str) -> str | None:
+    """The keyword arguments of the call in a piece of Python, as JSON; None if there is no such call."""
+    code = _CODE.search(text)
+    try:
+        tree = ast.parse((code[1] if code else text).strip(), mode="eval")
+        call = tree.body
+        if not isinstance(call, ast.Call) or call.args:
+            return None
+        return json.dumps({str(item.arg): ast.literal_eval(item.value) for item in call.keywords})
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        return None

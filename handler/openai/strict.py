@@ -1,0 +1,73 @@
+"""How request bodies are checked: nothing beyond the named fields, and mistakes told by their place."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from handler.openai.errors import ApiError
+from handler.openai.fields import settle
+
+
+class Strict(BaseModel):
+    """No field beyond the named ones, no value turned into another type."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        hide_input_in_errors=True,
+        # Built when the first request is read: until then there are health checks to answer.
+        defer_build=True,
+    )
+
+
+T = TypeVar("T", bound=Strict)
+
+
+def parse(model: type[T], body: Any) -> T:
+    """`body`, decoded JSON, as the request `model`. Raises `ApiError` 400 naming the field at fault."""
+    if not isinstance(body, dict):
+        raise ApiError(400, "The request body must be a JSON object.", code="invalid_type")
+    kept = settle(body, frozenset(model.model_fields))
+    try:
+        return model.model_validate(kept)
+    except ValidationError as error:
+        raise _as_api_error(error, kept) from None
+
+
+def _as_api_error(error: ValidationError, body: dict[str, Any]) -> ApiError:
+    # Of a union's complaints, the one that went deepest into the body speaks of what was meant.
+    complaint = max(error.errors(include_url=False), key=lambda e: len(e["loc"]))
+    path = _path(complaint["loc"], body)
+    if complaint["type"] == "missing":
+        return _missing([*path, str(complaint["loc"][-1])])
+    if complaint["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        path.append(complaint["ctx"]["discriminator"].strip("'"))
+        if complaint["type"] == "union_tag_not_found":
+            return _missing(path)
+        complaint["msg"] = f"it must be one of {complaint['ctx']['expected_tags']}"
+    param = ".".join(path)
+    if complaint["type"] == "extra_forbidden":
+        return ApiError(400, f"Unknown field '{param}'.", param=param, code="unknown_parameter")
+    message = complaint["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    return ApiError(400, f"'{param}' is not valid: {message}.", param=param, code="invalid_value")
+
+
+def _missing(path: list[str]) -> ApiError:
+    param = ".".join(path)
+    return ApiError(400, f"'{param}' is missing.", param=param, code="missing_required_parameter")
+
+
+def _path(location: tuple[int | str, ...], body: Any) -> list[str]:
+    """The part of a complaint's location that lies in the body, without the names of union members."""
+    path = []
+    here = body
+    for step in location:
+        in_object = isinstance(here, dict) and step in here
+        if in_object or (isinstance(here, list) and isinstance(step, int) and step < len(here)):
+            path.append(str(step)[:100])
+            here = here[step]
+    return path

@@ -1,0 +1,147 @@
+"""The tools that a request offers: what may be asked, and how the model is told about them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import msgspec
+from pydantic import Field
+
+from handler.openai.errors import ApiError
+from handler.openai.messages import FunctionName
+from handler.openai.reply.formats import CallFormat
+from handler.openai.strict import Strict
+
+MAX_TOOLS = 128
+MAX_SCHEMA_BYTES = 65_536
+
+
+class Function(Strict):
+    """What a function is called, what it is for, and the JSON schema of its arguments."""
+
+    name: FunctionName
+    description: Annotated[str, Field(max_length=32_768)] | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Strict):
+    """One function that the model may call."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Strict):
+    """The one function that must be called."""
+
+    name: FunctionName
+
+
+class NamedTool(Strict):
+    """`tool_choice` for one tool."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool
+Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)]
+
+
+def offered(tools: Sequence[Tool], choice: ToolChoice) -> list[dict[str, Any]]:
+    """The tools that the model is told of, as chat templates take them; none if it must not call any.
+
+    Raises `ApiError` 400 for tools and choices that contradict each other, and for what cannot be
+    promised without a grammar that holds the model to it.
+    """
+    names = [tool.function.name for tool in tools]
+    for place, tool in enumerate(tools):
+        _check(tool.function, names[:place], f"tools.{place}.function")
+    if isinstance(choice, NamedTool) and choice.function.name not in names:
+        message = f"'tool_choice' names the function '{choice.function.name}', which is not among 'tools'."
+        raise ApiError(400, message, param="tool_choice", code="invalid_value")
+    if choice not in ("none", "auto"):
+        message = "'tool_choice' may be 'none' or 'auto' here; a call cannot be enforced by this server."
+        raise ApiError(400, message, param="tool_choice", code="unsupported_value")
+    if choice == "none":
+        return []
+    return [
+        {"type": "function", "function": tool.function.model_dump(exclude_none=True, exclude={"strict"})}
+        for tool in tools
+    ]
+
+
+def _check(function: Function, earlier: list[str], param: str) -> None:
+    if function.name in earlier:
+        message = f"'{param}.name' is '{function.name}', which another tool is called already."
+        raise ApiError(400, message, param=f"{param}.name", code="invalid_value")
+    if function.strict:
+        message = f"'{param}.strict' cannot be true: this server does not enforce schemas."
+        raise ApiError(400, message, param=f"{param}.strict", code="unsupported_value")
+    size = len(msgspec.json.encode(function.parameters))
+    if size > MAX_SCHEMA_BYTES:
+        message = f"'{param}.parameters' takes {size} bytes; {MAX_SCHEMA_BYTES} is the most."
+        raise ApiError(400, message, param=f"{param}.parameters", code="invalid_value")
+
+
+def with_fitting_ids(turns: list[dict[str, Any]], call_format: CallFormat | None) -> list[dict[str, Any]]:
+    """Turns for a template that knows tools: the ids of calls are such that it takes them."""
+    if call_format is None:
+        return turns
+    fitting = []
+    for turn in turns:
+        if "tool_call_id" in turn:
+            turn = turn | {"tool_call_id": call_format.fitting_id(turn["tool_call_id"])}
+        if "tool_calls" in turn:
+            calls = [call | {"id": call_format.fitting_id(call["id"])} for call in turn["tool_calls"]]
+            turn = turn | {"tool_calls": calls}
+        fitting.append(turn)
+    return fitting
+
+
+_INTRODUCTION = """\
+You can call these functions:
+{tools}
+To call one, answer with nothing but JSON of this form:
+{{"name": "the function's name", "arguments": {{"its parameter": "value"}}}}
+To call several, answer with a JSON list of them. When no function helps, answer in words as usual."""
+
+
+def in_plain_text(
+    turns: list[dict[str, Any]], tools: Sequence[dict[str, Any]], *, as_system: bool
+) -> list[dict[str, Any]]:
+    """Turns for a template that knows no tools: it gets them, calls and results as ordinary text.
+
+    What there is to call stands in a system turn or, for templates that refuse those, in the first turn.
+    """
+    plain: list[dict[str, Any]] = []
+    for turn in turns:
+        shown = _as_plain(turn)
+        # Many templates insist that user and assistant take turns, so results and questions are joined.
+        if plain and shown["role"] == plain[-1]["role"] == "user":
+            earlier = plain.pop()
+            shown = earlier | {"content": f"{earlier['content']}\n\n{shown['content']}"}
+        plain.append(shown)
+    if not tools:
+        return plain
+    lines = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
+    text = _INTRODUCTION.format(tools=lines)
+    if as_system and plain[0]["role"] not in ("system", "developer"):
+        return [{"role": "system", "content": text}, *plain]
+    first = plain[0]
+    parts = (first["content"], text) if first["role"] in ("system", "developer") else (text, first["content"])
+    return [first | {"content": "\n\n".join(filter(None, parts))}, *plain[1:]]
+
+
+def _as_plain(turn: dict[str, Any]) -> dict[str, Any]:
+    plain = {key: value for key, value in turn.items() if key not in ("tool_calls", "tool_call_id")}
+    if turn["role"] == "tool":
+        return plain | {"role": "user", "content": f"The function answered:\n{turn['content']}"}
+    if "tool_calls" in turn:
+        calls = [call["function"] for call in turn["tool_calls"]]
+        shown = json.dumps(calls[0] if len(calls) == 1 else calls, ensure_ascii=False)
+        return plain | {"content": "\n".join(filter(None, (turn["content"], shown)))}
+    return plain
