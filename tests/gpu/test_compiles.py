@@ -1,0 +1,94 @@
+"""Once warm, no size of batch compiles anything: a compile in mid-traffic stalls every request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("no GPU", allow_module_level=True)
+
+import triton
+
+from runtime.kernels.gpu.activation import silu_mul
+from runtime.kernels.gpu.embedding import embedding
+from runtime.kernels.gpu.gemv import gemv
+from runtime.kernels.gpu.norm import add_rms_norm
+from runtime.kernels.gpu.prepare import apply_updates, prepare_decode
+from runtime.kernels.gpu.rotary import rotary_store
+from runtime.kernels.gpu.sampling.logprobs import token_logprobs
+from runtime.kernels.gpu.sampling.parameters import SamplingTables, Stages
+from runtime.kernels.gpu.sampling.sampler import Batch, Sampler
+
+pytestmark = pytest.mark.gpu
+SIZES = [1, 2, 3, 5, 15, 16, 17, 100, 128]
+VOCAB, HIDDEN, MAX_ROWS = 5000, 256, 128
+
+
+@contextmanager
+def compiled() -> Iterator[list[str]]:
+    """The kernels that are compiled meanwhile."""
+    names: list[str] = []
+
+    def note(*, fn: Any, **_: object) -> None:
+        names.append(fn.name)
+
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.jit_post_compile_hook = note
+        yield names
+
+
+def bf16(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda").bfloat16()
+
+
+def words(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.int32, device="cuda")
+
+
+class Step:
+    """Every kernel of a step, for batches of any size that begin anywhere in a larger buffer."""
+
+    def __init__(self) -> None:
+        self.tables = SamplingTables.allocate(MAX_ROWS, VOCAB, "cuda")
+        self.sampler = Sampler(self.tables, MAX_ROWS, VOCAB)
+        self.cache = bf16(2, 4, 2, 16, 64)
+        self.weight, self.head = bf16(HIDDEN, HIDDEN), bf16(VOCAB, HIDDEN)
+        self.last_token, self.seq_len, self.blocks = words(MAX_ROWS), words(MAX_ROWS), words(MAX_ROWS, 4)
+        self.cos_sin = torch.randn(64, 2, 32, device="cuda")
+
+    def run(self, size: int) -> None:
+        sections = words(6, 4 * MAX_ROWS)[:, size % 4 : size % 4 + size].unbind()
+        rows, token_ids, positions, slots, lengths, tokens = sections
+        rows.copy_(torch.arange(size))
+        apply_updates(words(size, 3), words(1), self.blocks)
+        prepare_decode(
+            rows, self.last_token, self.seq_len, self.blocks, 16, token_ids, positions, slots, lengths
+        )
+        x = embedding(token_ids, self.head, bf16(size, HIDDEN))
+        x = add_rms_norm(x, bf16(size, HIDDEN), self.weight[0], 1e-5, torch.empty_like(x))
+        rotary_store(bf16(size, 8 * 64), self.cos_sin, positions, slots, *self.cache, 4)
+        silu_mul(bf16(size, 2 * HIDDEN), x)
+        if 1 < size <= 16:
+            gemv(x, self.weight, x.clone())
+        logits = bf16(size, VOCAB)
+        batch = Batch(logits, rows, lengths)
+        for stages in (Stages(), Stages(draw=True), Stages(True, True, True, True)):
+            self.sampler.sample(batch, stages, tokens, self.last_token, self.seq_len)
+        token_logprobs(logits, tokens, 3)
+
+
+def test_new_batch_sizes_compile_nothing() -> None:
+    step = Step()
+    with compiled() as first:
+        step.run(9)
+    with compiled() as later:
+        for size in SIZES:
+            step.run(size)
+
+    assert first
+    assert later == []
