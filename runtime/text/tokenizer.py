@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import re
-import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Self
 
-from runtime.errors import FirstlightError, RequestError
+from runtime.text.backend import Backend, TokenizerError
+from runtime.text.families import TextFamily, text_family
+from runtime.text.sentencepiece_file import is_sentencepiece
+from runtime.text.tokenizer_files import TokenizerFiles
+from runtime.text.tokenizer_json import JsonBackend
+from runtime.text.tokenizer_sentencepiece import SentencePieceBackend, SentencePieceRules
+from runtime.text.tokenizer_tiktoken import LLAMA3, QWEN, TiktokenBackend, is_tiktoken
 
-if TYPE_CHECKING:
-    import tokenizers
-
-_CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
-_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
-_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
-_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-
-
-class TokenizerError(FirstlightError):
-    """A model folder whose tokenizer files are missing, damaged or of an unsupported kind."""
+__all__ = ["Tokenizer", "TokenizerError"]
 
 
 class Tokenizer:
@@ -34,42 +28,33 @@ class Tokenizer:
         special_ids: ids of the tokens that mark structure; decoding leaves them out unless told not to.
         normalizes_special: whether text can become a special token that does not spell it exactly.
         bos_token_id: the id that a sequence begins with, or None.
-        eos_token_ids: every id that ends a sequence, as the model's files name them between them.
+        eos_token_ids: every id that ends a sequence, as the model's files name them between them, and
+            its family.
         chat_templates: template name -> source; the one without a name is "default".
         joins_bytes: whether decoding is nothing but joining the tokens' bytes and reading UTF-8, as in
             byte-level BPE. Other decoders also look at a token's neighbours.
+        drops_first_space: whether a decoded text that begins with a space loses that one.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, files: dict[str, Any], template: str | None) -> None:
-        """`files` holds the parsed configuration files by name, `template` chat_template.jinja's text."""
+    def __init__(self, backend: Backend, files: TokenizerFiles, family: TextFamily) -> None:
         self._backend = backend
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        added = backend.get_added_tokens_decoder()
-        self.special_ids = frozenset(index for index, token in added.items() if token.special)
-        self.normalizes_special = backend.normalizer is not None and any(
-            token.special and token.normalized for token in added.values()
-        )
-        self.vocab_size = max([backend.get_vocab_size() - 1, *added]) + 1
-        self.special_tokens = _special_tokens(files)
+        self.special_ids = frozenset(backend.special)
+        self.normalizes_special = backend.normalizes_special
+        self.vocab_size = backend.vocab_size
+        self.joins_bytes = backend.joins_bytes
+        self.drops_first_space = backend.drops_first_space
+        roles = {name: backend.special.get(index) for name, index in files.role_ids.items()}
+        self.special_tokens = files.special_tokens | {name: text for name, text in roles.items() if text}
         self.bos_token_id = self._find_bos(files)
-        self.eos_token_ids = self._find_eos(files)
-        self.chat_templates = _chat_templates(files["tokenizer_config.json"], template)
-        decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder else {"type": None}
-        self.joins_bytes = decoder["type"] == "ByteLevel"
-        self._decoder_steps = decoder.get("decoders", [decoder])
-        self._bytes_by_id: dict[int, bytes] = {}
+        self.eos_token_ids = self._find_eos(files, family)
+        self.chat_templates = files.chat_templates
 
     @classmethod
     def load(cls, directory: Path) -> Self:
         """Read the tokenizer in a model's folder. Raises TokenizerError, which names file and fault."""
-        found = next((name for name in _LOADERS if (directory / name).is_file()), None)
-        if found is None:
-            raise TokenizerError(_describe_missing(directory))
-        files = {name: _read_json(directory / name) for name in _CONFIG_FILES}
-        template = directory / "chat_template.jinja"
-        source = template.read_text(encoding="utf-8") if template.is_file() else None
-        return cls(_LOADERS[found](directory / found), files, source)
+        files = TokenizerFiles.read(directory)
+        family = text_family(files.config)
+        return cls(_open_backend(directory, files, family), files, family)
 
     @property
     def chat_template(self) -> str | None:
@@ -85,8 +70,7 @@ class Tokenizer:
         `parse_special` reads special tokens that are spelled out in the text as such, instead of as
         ordinary characters. Raises RequestError for text that UTF-8 cannot hold.
         """
-        backend = self._backend if parse_special else self._guarded[0]
-        return _encode(backend, text, add_special_tokens)
+        return self._backend.encode(text, add_special_tokens=add_special_tokens, parse_special=parse_special)
 
     def encode_owned(self, pieces: Iterable[tuple[str, bool]]) -> list[int]:
         """Ids of the pieces' concatenation, in which only pieces marked True are special tokens.
@@ -94,36 +78,11 @@ class Tokenizer:
         A piece marked True is one special token's text. All other text is ordinary, whatever it
         spells, and gets the ids that `encode` would give it in that place. Nothing is put in front.
         """
-        backend, alias_of, id_behind = self._guarded
-        text = "".join(alias_of[piece] if special else piece for piece, special in pieces)
-        return [id_behind.get(index, index) for index in _encode(backend, text, False)]
-
-    @cached_property
-    def _guarded(self) -> tuple[tokenizers.Tokenizer, dict[str, str], dict[int, int]]:
-        """A second backend that takes special tokens for plain text, but for aliases nobody can guess.
-
-        Returns it with alias by special token, and special token's id by alias id. Building it takes
-        about as long as loading, so it waits until a text really spells a special token.
-        """
-        from tokenizers import AddedToken, Tokenizer
-
-        backend = Tokenizer.from_str(self._backend.to_str())
-        backend.encode_special_tokens = True
-        nonce = secrets.token_hex(16)
-        aliases: dict[str, AddedToken] = {}
-        for index, token in self._backend.get_added_tokens_decoder().items():
-            if token.special:
-                flags = {name: getattr(token, name) for name in _TOKEN_FLAGS}
-                aliases[token.content] = AddedToken(f"alias{nonce}x{index}x", special=False, **flags)
-        backend.add_tokens(list(aliases.values()))
-        alias_of = {content: alias.content for content, alias in aliases.items()}
-        id_behind = {_id_in(backend, alias): _id_in(backend, token) for token, alias in alias_of.items()}
-        return backend, alias_of, id_behind
+        return self._backend.encode_owned(pieces)
 
     @cached_property
     def _special_texts(self) -> list[str]:
-        added = self._backend.get_added_tokens_decoder().values()
-        return [token.content for token in added if token.special and token.content]
+        return [text for text in self._backend.special.values() if text]
 
     @cached_property
     def special_pattern(self) -> re.Pattern[str] | None:
@@ -138,134 +97,90 @@ class Tokenizer:
 
     def id_of(self, token: str) -> int | None:
         """The id of a token by its spelling in the vocabulary, or None."""
-        return self._backend.token_to_id(token)
+        return self._backend.id_of(token)
 
     # ---- ids -> text -------------------------------------------------------------------------
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`; incomplete characters become U+FFFD, and ids that no token has nothing."""
-        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        skipped = self.special_ids if skip_special_tokens else ()
+        return self._backend.decode([index for index in ids if index not in skipped])
 
     def token_bytes(self, index: int) -> bytes:
         """The bytes that one token adds to a text; empty for an id that no token has."""
-        known = self._bytes_by_id.get(index)
-        if known is None:
-            token = self._backend.id_to_token(index)
-            known = self._bytes_by_id[index] = b"" if token is None else self._bytes_of(token)
-        return known
+        return self._backend.token_bytes(index)
 
     def token_text(self, index: int) -> str:
         """The text of one token; bytes that are no character on their own become U+FFFD."""
         return self.token_bytes(index).decode("utf-8", errors="replace")
 
-    def _bytes_of(self, token: str) -> bytes:
-        for step in self._decoder_steps:
-            if step["type"] == "ByteLevel":
-                codes = [_BYTE_OF.get(character) for character in token]
-                return token.encode() if None in codes else bytes(code for code in codes if code is not None)
-            if step["type"] == "ByteFallback" and (piece := _BYTE_PIECE.fullmatch(token)):
-                return bytes.fromhex(piece[1])
-            if step["type"] == "Metaspace":
-                token = token.replace(step["replacement"], " ")
-            if step["type"] == "Replace" and "String" in step["pattern"]:
-                token = token.replace(step["pattern"]["String"], step["content"])
-        return token.encode()
-
     # ---- what the files say ------------------------------------------------------------------
 
-    def _find_bos(self, files: dict[str, Any]) -> int | None:
+    def _find_bos(self, files: TokenizerFiles) -> int | None:
         if bos := self.special_tokens.get("bos_token"):
             return self.id_of(bos)
-        # A tokenizer_config.json without a bos token means that there is none, whatever config.json says.
-        return None if files["tokenizer_config.json"] else files["config.json"].get("bos_token_id")
+        # A tokenizer_config.json without a bos token means that there is none, whatever others say.
+        if files.tokenizer_config:
+            return None
+        named = files.config.get("bos_token_id")
+        return named if isinstance(named, int) else self._backend.bos_id
 
-    def _find_eos(self, files: dict[str, Any]) -> tuple[int, ...]:
-        found: list[int] = []
-        for name in ("generation_config.json", "config.json"):
-            value = files[name].get("eos_token_id")
-            values = value if isinstance(value, list) else [value]
-            found += [index for index in values if isinstance(index, int)]
-        token = self.id_of(self.special_tokens.get("eos_token", ""))
-        return tuple(dict.fromkeys(found if token is None else [*found, token]))
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Character -> byte, as byte-level BPE spells bytes: printable ones as themselves, others from U+0100."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = (byte for byte in range(256) if byte not in printable)
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    def _find_eos(self, files: TokenizerFiles, family: TextFamily) -> tuple[int, ...]:
+        named = [self.special_tokens.get("eos_token", ""), *family.stops]
+        found = [*files.eos_ids, self._backend.eos_id, *map(self.id_of, named)]
+        return tuple(dict.fromkeys(index for index in found if index is not None))
 
 
-_BYTE_OF = _byte_alphabet()
+def _open_backend(directory: Path, files: TokenizerFiles, family: TextFamily) -> Backend:
+    """The vocabulary in a model's folder, in the preferred format where there are several."""
+    path = directory / "tokenizer.json"
+    if path.is_file():
+        return JsonBackend(path, files.role_ids.values())
+    for path in (directory / "tokenizer.model", *sorted(directory.glob("*.tiktoken"))):
+        if not path.is_file():
+            continue
+        with path.open("rb") as file:
+            beginning = file.read(1024)
+        if is_tiktoken(beginning):
+            return _open_tiktoken(path, files, family)
+        if is_sentencepiece(beginning):
+            return _open_sentencepiece(path, files, family)
+        raise TokenizerError(f"{path}: is neither a sentencepiece model nor in tiktoken's format")
+    raise TokenizerError(_describe_missing(directory))
 
 
-def _encode(backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
-    try:
-        return backend.encode(text, add_special_tokens=add_special_tokens).ids
-    except TypeError:
-        # Half of a surrogate pair: JSON can spell it, UTF-8 cannot.
-        raise RequestError("the text holds half of a surrogate pair, which is not a character") from None
+def _open_tiktoken(path: Path, files: TokenizerFiles, family: TextFamily) -> Backend:
+    rules = family.tiktoken
+    model_type = files.config.get("model_type")
+    if rules is None and model_type is None:
+        rules = QWEN if path.suffix == ".tiktoken" else LLAMA3
+    if rules is None:
+        raise TokenizerError(
+            f"{path}: is in tiktoken's format, whose rules for {model_type!r} are not known here; "
+            "put the model's tokenizer.json beside it"
+        )
+    return TiktokenBackend(path, rules, files.added, add_bos=files.tokenizer_config.get("add_bos_token"))
 
 
-def _id_in(backend: tokenizers.Tokenizer, token: str) -> int:
-    index = backend.token_to_id(token)
-    if index is None:
-        raise TokenizerError(f"the tokenizer did not take in the token {token!r}")
-    return index
-
-
-def _special_tokens(files: dict[str, Any]) -> dict[str, str]:
-    found = {}
-    for name in _SPECIAL_NAMES:
-        for file in ("tokenizer_config.json", "special_tokens_map.json"):
-            value = files[file].get(name)
-            text = value.get("content") if isinstance(value, dict) else value
-            if isinstance(text, str):
-                found[name] = text
-                break
-    return found
-
-
-def _chat_templates(config: dict[str, Any], template: str | None) -> dict[str, str]:
-    value = config.get("chat_template")
-    if isinstance(value, list):
-        if not all(isinstance(item, dict) and {"name", "template"} <= item.keys() for item in value):
-            raise TokenizerError(
-                "tokenizer_config.json: a list of chat templates needs `name` and `template`"
-            )
-        found = {item["name"]: item["template"] for item in value}
-    else:
-        found = {"default": value} if isinstance(value, str) else {}
-    return found if template is None else found | {"default": template}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise TokenizerError(f"{path}: is not JSON: {error}; fetch the model again") from None
-    if not isinstance(content, dict):
-        raise TokenizerError(f"{path}: must hold a JSON object")
-    return content
-
-
-def _load_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
-    from tokenizers import Tokenizer
-
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the package raises nothing narrower
-        raise TokenizerError(f"{path}: cannot be read as a tokenizer: {error}") from error
-
-
-_LOADERS: dict[str, Callable[[Path], tokenizers.Tokenizer]] = {"tokenizer.json": _load_tokenizer_json}
-"""File name -> what reads it, the preferred format first."""
+def _open_sentencepiece(path: Path, files: TokenizerFiles, family: TextFamily) -> Backend:
+    config = files.tokenizer_config
+    bos, eos = files.special_tokens.get("bos_token"), files.special_tokens.get("eos_token")
+    adds_bos = config.get("add_bos_token", None in family.begin)
+    rules = SentencePieceRules(
+        added=files.added,
+        special_names={*files.special_names, *family.special},
+        special_ids={*files.role_ids.values(), *files.eos_ids},
+        appended=family.appended,
+        begin=[token for token in family.begin if token is not None] + ([bos] if adds_bos else []),
+        end=[eos] if config.get("add_eos_token", False) else [],
+        prefix_once=config.get("legacy") is False,
+    )
+    return SentencePieceBackend(path, rules)
 
 
 def _describe_missing(directory: Path) -> str:
-    patterns = ("*.tiktoken", "tokenizer.model", "*.spm", "vocab.json", "vocab.txt", "merges.txt")
+    patterns = ("*.spm", "spiece.model", "vocab.json", "vocab.txt", "merges.txt")
     others = sorted(path.name for pattern in patterns for path in directory.glob(pattern))
     has = f"it holds {', '.join(others)}" if others else "it holds no tokenizer at all"
-    return f"{directory}: no tokenizer in a supported format ({', '.join(_LOADERS)}); {has}"
+    supported = "tokenizer.json, tokenizer.model, *.tiktoken"
+    return f"{directory}: no tokenizer in a supported format ({supported}); {has}"

@@ -10,16 +10,7 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-CORPUS = [
-    "The quick brown fox jumps over the lazy dog, and it's 1234 times they'll say they've done so.\n",
-    "def hash(key):\n    return key % 97\n\n\n  42 is the answer; Don't WE'RE know?\t\ttabs\r\n",
-    "Grüße aus München – naïve café, 東京は日本の首都です。 你好，世界！ Привет мир 🎉👩‍👩‍👧‍👦 ½ ٣",
-    "user\nassistant\nsystem\nWhat is <b>bold</b> | [1, 2] in HTML? end im start INST",
-]
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+from tests.runtime.text.vocabularies import CORPUS, LLAMA3_PATTERN, VOCABULARIES, write
 
 
 def train(tokenizer: Tokenizer, special: list[str], alphabet: list[str]) -> Tokenizer:
@@ -48,7 +39,7 @@ def llama3() -> tuple[Tokenizer, dict[str, Any]]:
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated"),
+            pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -110,6 +101,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         content = {"tokenizer_class": "PreTrainedTokenizerFast", **config}
         (found[name] / "tokenizer_config.json").write_text(json.dumps(content))
     return found
+
+
+@pytest.fixture(scope="session")
+def family_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Family -> the folder of a model whose vocabulary is in that family's own format."""
+    return {name: write(make(), tmp_path_factory.mktemp(name)) for name, make in VOCABULARIES.items()}
 
 
 @pytest.fixture(params=[*KINDS, "smollm2"])

@@ -133,8 +133,8 @@ class TestFiles:
         assert Tokenizer.load(folders["chatml"]).chat_template is None
 
     def test_other_formats_are_named(self, tmp_path: Path) -> None:
-        (tmp_path / "qwen.tiktoken").touch()
-        with pytest.raises(TokenizerError, match=r"tokenizer\.json.*holds qwen\.tiktoken"):
+        (tmp_path / "vocab.json").touch()
+        with pytest.raises(TokenizerError, match=r"tokenizer\.json.*holds vocab\.json"):
             Tokenizer.load(tmp_path)
 
     def test_damaged_files_are_named(self, tmp_path: Path, folders: dict[str, Path]) -> None:
