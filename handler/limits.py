@@ -38,9 +38,11 @@ class HeaderLimits:
 
 
 async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
-    """The whole request body. Raises `ApiError` 413 as soon as it is known to be too large."""
+    """The whole request body. Raises `ApiError` 415 if it is no JSON, 413 as soon as it is too large."""
     too_large = ApiError(413, f"The request body is larger than {max_bytes} bytes.", code="request_too_large")
-    declared = dict(scope["headers"]).get(b"content-length", b"0")
+    headers = dict(scope["headers"])
+    _check_media_type(headers.get(b"content-type", b"application/json"))
+    declared = headers.get(b"content-length", b"0")
     if declared.isdigit() and int(declared) > max_bytes:
         raise too_large
     chunks = []
@@ -56,6 +58,15 @@ async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
         chunks.append(chunk)
         if not message.get("more_body", False):
             return b"".join(chunks)
+
+
+def _check_media_type(content_type: bytes) -> None:
+    """A page of another origin can send anything but JSON without asking the server first."""
+    media_type = content_type.split(b";")[0].strip().lower()
+    if media_type != b"application/json" and not media_type.endswith(b"+json"):
+        shown = media_type.decode("latin-1")[:100]
+        message = f"The body is said to be {shown}; send it with 'Content-Type: application/json'."
+        raise ApiError(415, message, code="unsupported_media_type")
 
 
 async def decode_json(body: bytes) -> Any:

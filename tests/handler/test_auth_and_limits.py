@@ -71,6 +71,22 @@ class TestRequestIds:
         assert server.get("/health/live", {"X-Request-Id": "a b<c>"}).headers["x-request-id"] != "a b<c>"
 
 
+class TestMediaTypes:
+    @pytest.mark.parametrize("media_type", ["text/plain", "application/x-www-form-urlencoded", ""])
+    @pytest.mark.parametrize("path", ["/v1/completions", "/tokenize"])
+    def test_what_is_no_json_is_refused(self, server: Server, path: str, media_type: str) -> None:
+        reply = server.post(path, {"prompt": "x"}, {"Content-Type": media_type})
+        assert (reply.status, reply.error["code"]) == (415, "unsupported_media_type")
+        assert server.engine.submitted == []
+
+    @pytest.mark.parametrize("media_type", ["application/json; charset=utf-8", "Application/JSON"])
+    def test_json_by_other_spellings(self, server: Server, media_type: str) -> None:
+        assert server.post("/tokenize", {"prompt": "x"}, {"Content-Type": media_type}).status == 200
+
+    def test_nothing_said_is_taken_for_json(self, server: Server) -> None:
+        assert server.request("POST", "/tokenize", b'{"prompt": "x"}').status == 200
+
+
 class TestSizes:
     def test_a_declared_size_is_refused_before_a_byte_is_sent(self, server: Server) -> None:
         with socket.create_connection(("127.0.0.1", server.port), timeout=10) as sock:

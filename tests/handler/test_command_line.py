@@ -98,6 +98,16 @@ class TestOrder:
         assert settings.engine.gpu_memory_utilization == 0.5
         assert settings.engine.cache_dir == "/somewhere"
 
+    def test_keys_from_a_file(self, catalogue: str, tmp_path: Path) -> None:
+        (tmp_path / "keys").write_text("one\n\ntwo \n")
+        line = f"--catalogue {catalogue} --api-key-file {tmp_path}/keys"
+        assert settle(line).api_keys == ("one", "two")
+        assert settle(f"{line} --api-key three").api_keys == ("three", "one", "two")
+        (tmp_path / "keys").write_text("\n")
+        for wrong, said in ((line, "holds no key"), (f"{line}2", "keys2"), ("--api-key ''", "is empty")):
+            with pytest.raises(FirstlightError, match=said):
+                settle(f"--catalogue {catalogue} {wrong}")
+
     def test_a_variable_that_makes_no_sense_is_named(self, catalogue: str) -> None:
         with pytest.raises(FirstlightError, match=r"FIRSTLIGHT_PORT.*70000"):
             listens_on("", {"FIRSTLIGHT_PORT": "70000"})
