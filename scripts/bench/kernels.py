@@ -17,7 +17,7 @@ from harness.report import Report, make_parser, progress, run
 
 sys.path.insert(0, str(ROOT))
 
-KINDS = ("attention",)
+KINDS = ("attention", "products", "sampling", "elementwise")
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise BenchError("there is no GPU here")
-    from gpu import attention, attention_sweep, limits
+    from gpu import attention, attention_sweep, elementwise, limits, products, sampling
 
     report = Report("Kernels against the limits of the GPU", options)
     progress("limits")
@@ -41,6 +41,12 @@ def main() -> None:
     if options.only in (None, "attention"):
         kind = attention_sweep if options.sweep else attention
         kind.add_tables(report, limit, options.block_sizes)
+    if options.only in (None, "products"):
+        (products.add_sweep if options.sweep else products.add_tables)(report, limit)
+    if options.only in (None, "sampling") and not options.sweep:
+        sampling.add_tables(report, limit)
+    if options.only in (None, "elementwise") and not options.sweep:
+        elementwise.add_tables(report, limit)
     report.finish()
 
 

@@ -75,9 +75,9 @@ def gemv(
         weight if bias is None else bias,
         out if residual is None else residual,
         out,
+        outputs,
     )
     shape = {
-        "N": outputs,
         "K": in_features,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
@@ -102,7 +102,7 @@ def _one_row_kernel(
     bias_ptr,
     residual_ptr,
     out_ptr,
-    N: tl.constexpr,
+    N,
     K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -114,17 +114,18 @@ def _one_row_kernel(
     column = tl.arange(0, BLOCK_K)
     inside = output < N
     rows_ptr = weight_ptr + output[:, None].to(tl.int64) * K + column[None, :]
+    up_rows_ptr = weight_ptr + (output + N)[:, None].to(tl.int64) * K + column[None, :]
     # Each lane adds up its own columns; the lanes are added once, after the last of them.
     sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     up_sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for start in tl.static_range(0, K, BLOCK_K):
-        within = column + start < K
+        within = (column + start < K) | (K % BLOCK_K == 0)
         mask = inside[:, None] & within[None, :]
         x = tl.load(x_ptr + start + column, within, other=0.0).to(tl.float32)[None, :]
         weight = tl.load(rows_ptr + start, mask, other=0.0, eviction_policy="evict_first")
         sums += weight.to(tl.float32) * x
         if GATED:
-            up = tl.load(rows_ptr + N * K + start, mask, other=0.0, eviction_policy="evict_first")
+            up = tl.load(up_rows_ptr + start, mask, other=0.0, eviction_policy="evict_first")
             up_sums += up.to(tl.float32) * x
     y = tl.sum(sums, 1)
     if HAS_BIAS:
@@ -146,8 +147,8 @@ def _few_rows_kernel(
     bias_ptr,
     residual_ptr,
     out_ptr,
+    N,
     num_rows,
-    N: tl.constexpr,
     K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -160,17 +161,18 @@ def _few_rows_kernel(
     row = tl.arange(0, _PADDED_ROWS)
     inside = output < N
     rows_ptr = weight_ptr + output[:, None].to(tl.int64) * K + column[None, :]
+    up_rows_ptr = weight_ptr + (output + N)[:, None].to(tl.int64) * K + column[None, :]
     x_columns_ptr = x_ptr + row[None, :] * K + column[:, None]
     sums = tl.zeros((BLOCK_N, _PADDED_ROWS), tl.float32)
     up_sums = tl.zeros((BLOCK_N, _PADDED_ROWS), tl.float32)
     for start in range(0, K, BLOCK_K):
-        within = column + start < K
+        within = (column + start < K) | (K % BLOCK_K == 0)
         mask = inside[:, None] & within[None, :]
         x = tl.load(x_columns_ptr + start, (row < num_rows)[None, :] & within[:, None], other=0.0)
         weight = tl.load(rows_ptr + start, mask, other=0.0, eviction_policy="evict_first")
         sums = tl.dot(weight, x, sums)
         if GATED:
-            up = tl.load(rows_ptr + N * K + start, mask, other=0.0, eviction_policy="evict_first")
+            up = tl.load(up_rows_ptr + start, mask, other=0.0, eviction_policy="evict_first")
             up_sums = tl.dot(up, x, up_sums)
     if HAS_BIAS:
         sums += tl.load(bias_ptr + output, inside, other=0.0).to(tl.float32)[:, None]
