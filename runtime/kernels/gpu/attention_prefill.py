@@ -42,7 +42,7 @@ class PrefillConfig:
 
 
 def prefill_config(head_dim: int, element_size: int) -> PrefillConfig:
-    """The fastest measured on an H100 for heads of 128; others as their registers and shared memory allow."""
+    """The largest tiles whose registers do not spill and whose shared memory suffices."""
     if element_size == 4:
         return PrefillConfig(32, 16, 8, 2)
     if head_dim > 128:

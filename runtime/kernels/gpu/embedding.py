@@ -47,8 +47,8 @@ def _embedding_kernel(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < HIDDEN_SIZE
     row = tl.load(token_ids_ptr + token).to(tl.int64) - first_id
-    held = (row >= 0) & (row < num_rows)
-    values = tl.load(weight_ptr + row * HIDDEN_SIZE + column, mask & held, other=0.0)
+    width = tl.where((row >= 0) & (row < num_rows), HIDDEN_SIZE, 0)
+    values = tl.load(weight_ptr + row * HIDDEN_SIZE + column, column < width, other=0.0)
     tl.store(out_ptr + token * HIDDEN_SIZE + column, values.to(tl.float32) * scale, mask)
 
 

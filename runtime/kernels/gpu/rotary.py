@@ -80,13 +80,13 @@ def _rotary_store_kernel(
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     row_ptr = qkv_ptr + token * (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM + head * HEAD_DIM
     slot = tl.load(slots_ptr + token).to(tl.int64)
-    is_key = (head >= NUM_HEADS) & (head < NUM_HEADS + NUM_KV_HEADS)
-    is_value = (head >= NUM_HEADS + NUM_KV_HEADS) & (head < NUM_HEADS + 2 * NUM_KV_HEADS)
+    # Of padding, no heads are kept.
+    num_kept = tl.where(slot >= 0, NUM_KV_HEADS, 0)
+    is_key = (head >= NUM_HEADS) & (head < NUM_HEADS + num_kept)
+    is_value = (head >= NUM_HEADS + NUM_KV_HEADS) & (head < NUM_HEADS + NUM_KV_HEADS + num_kept)
     turns = head < NUM_HEADS + NUM_KV_HEADS
-    kv_head = tl.where(is_value, head - NUM_HEADS - NUM_KV_HEADS, head - NUM_HEADS)
+    kv_head = tl.where(head >= NUM_HEADS + NUM_KV_HEADS, head - NUM_HEADS - NUM_KV_HEADS, head - NUM_HEADS)
     cell = ((slot // BLOCK_SIZE * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + slot % BLOCK_SIZE) * HEAD_DIM
-    is_key = is_key & (slot >= 0)
-    is_value = is_value & (slot >= 0)
     if HALF > 0:
         pair = tl.arange(0, HALF_PADDED)[None, :]
         first_dim = pair * 2 if INTERLEAVED else pair

@@ -128,7 +128,8 @@ class PrefillCase:
         self._out = torch.empty_like(self._q, memory_format=torch.contiguous_format)
         self._starts = torch.arange(self.count + 1, dtype=torch.int32, device="cuda") * self.new
         self._device_lens = torch.tensor(self._lens, dtype=torch.int32, device="cuda")
-        self._room = prefill_workspace(NUM_KV_HEADS, HEAD_DIM, 2, self.pool.num_sms, "cuda")
+        # Twice what the kernel's own tiles need: a sweep tries taller ones.
+        self._room = prefill_workspace(NUM_KV_HEADS, HEAD_DIM, 2, 2 * self.pool.num_sms, "cuda")
         self._items: dict[int, torch.Tensor] = {}
 
     def step(self, config: PrefillConfig | None = None) -> None:

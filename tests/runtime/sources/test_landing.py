@@ -150,12 +150,3 @@ def test_a_file_that_is_there_needs_no_waiting(
     with closing(Landing(fetch(SPEC, cache_dir), NAME, stop)) as landing:
         landing.wait_for(0, SIZE)
         assert landing.verified()
-
-
-def test_the_beginnings_of_all_files_come_first(hub: HubServer, cache_dir: Path) -> None:
-    hub.add_repo("org/name", model_files(SIZE, shards=3))
-    fetch(SPEC, cache_dir)
-    # Eight connections ask at once, and in no order; four ranges are one file.
-    first = [r for r in hub.requests if "/storage/" in r.path][:8]
-    beginnings = {r.path.rpartition("/")[2] for r in first if str(r.range).startswith("bytes=0-")}
-    assert len(beginnings) == 3
