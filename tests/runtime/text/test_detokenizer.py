@@ -15,8 +15,9 @@ from tests.runtime.text.texts import ORDINARY, TEXTS
 
 
 @pytest.fixture(scope="module")
-def loaded(folders: dict[str, Path]) -> dict[str, Tokenizer]:
-    return {name: Tokenizer.load(folder) for name, folder in folders.items()}
+def loaded(folders: dict[str, Path], family_folders: dict[str, Path]) -> dict[str, Tokenizer]:
+    both = (*folders.items(), *((f"{name} family", folder) for name, folder in family_folders.items()))
+    return {name: Tokenizer.load(folder) for name, folder in both}
 
 
 def chunks(ids: list[int], cuts: list[int]) -> list[list[int]]:

@@ -205,6 +205,7 @@ def gemma2() -> dict[str, Any]:
             "tokenizer_class": "GemmaTokenizer",
             "bos_token": "<bos>",
             "eos_token": "<eos>",
+            "add_bos_token": True,
         },
     }
 
