@@ -4,6 +4,7 @@ torch's own (cuBLAS)."""
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from harness.report import Report, progress
 from harness.table import number
+from triton.runtime.errors import OutOfResources
 
 from gpu.limits import Limits
 from gpu.timing import L2_FLUSHING_BYTES, replay_seconds
@@ -86,9 +88,13 @@ def _seconds(weights: list[torch.Tensor], multiply: Callable[[torch.Tensor], obj
 
 
 def _ours(layer: Layer, rows: int, weights: list[torch.Tensor], config: GemvConfig | None = None) -> float:
+    """Infinite where the tiles do not fit into shared memory."""
     x = torch.randn(rows, layer.inputs, device="cuda").bfloat16()
     out = torch.empty(rows, layer.outputs // (2 if layer.gated else 1), device="cuda").bfloat16()
-    return _seconds(weights, lambda weight: gemv(x, weight, out, silu_mul=layer.gated, config=config))
+    try:
+        return _seconds(weights, lambda weight: gemv(x, weight, out, silu_mul=layer.gated, config=config))
+    except OutOfResources:
+        return math.inf
 
 
 def _torchs(layer: Layer, rows: int, weights: list[torch.Tensor]) -> float:
