@@ -12,6 +12,8 @@ from runtime.kernels import native
 
 _NATIVE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _MAX_NATIVE_PARTS = 3
+# Up to here our own kernel reads a GPU's weights faster than the vendor's library does.
+_MAX_GEMV_ROWS = 8
 
 
 class LinearWeights:
@@ -27,6 +29,7 @@ class LinearWeights:
         self.biases = tuple(biases) or (None,) * len(self.weights)
         self.out_features = sum(weight.shape[0] for weight in self.weights)
         self.in_features = self.weights[0].shape[1]
+        self.suits_gemv = self._is_one_narrow_matrix
         self.lib = native.library() if self._suits_native() else None
         self.type = _NATIVE_TYPES.get(self.weights[0].dtype, -1)
         parts = [
@@ -41,6 +44,12 @@ class LinearWeights:
         self._parts = (native.Part * len(parts))(*parts)  # owns what `parts_address` points to
         self.parts_address = ctypes.addressof(self._parts)
 
+    @property
+    def _is_one_narrow_matrix(self) -> bool:
+        (first, *others) = self.weights
+        narrow = first.dtype in (torch.float16, torch.bfloat16)
+        return not others and first.device.type == "cuda" and narrow and first.is_contiguous()
+
     def _suits_native(self) -> bool:
         return (
             len(self.weights) <= _MAX_NATIVE_PARTS
@@ -53,6 +62,8 @@ class LinearWeights:
 
 def linear(x: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
     """x [m, in_features] -> [m, out_features]; on the CPU x is contiguous float32."""
+    if weights.suits_gemv and 0 < x.shape[0] <= _MAX_GEMV_ROWS:
+        return _gemv(x, weights, x.dtype)
     lib = weights.lib
     if lib is None:
         return linear_torch(x, weights)
@@ -71,8 +82,17 @@ def linear(x: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
     return y
 
 
+def _gemv(x: torch.Tensor, weights: LinearWeights, dtype: torch.dtype) -> torch.Tensor:
+    from runtime.kernels.gpu.gemv import gemv
+
+    out = torch.empty((x.shape[0], weights.out_features), dtype=dtype, device=x.device)
+    return gemv(x, weights.weights[0], out, weights.biases[0])
+
+
 def logits_of(x: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
     """x [m, in_features] -> [m, out_features] in float32, however narrow x and the weights are."""
+    if weights.suits_gemv and 0 < x.shape[0] <= _MAX_GEMV_ROWS:
+        return _gemv(x, weights, torch.float32)
     if x.device.type == "cuda" and x.dtype != torch.float32 and weights.biases[0] is None:
         return torch.mm(x, weights.weights[0].t(), out_dtype=torch.float32)
     return linear(x, weights).float()
