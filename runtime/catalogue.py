@@ -28,8 +28,8 @@ _DTYPES = ("auto", "float32", "float16", "bfloat16")
 _MAX_TOKENS = 1 << 24
 _MAX_TP_SIZE = 1024
 
-# The sampling defaults that an entry may set: (whole number?, lowest, highest).
-_GENERATION: dict[str, tuple[bool, float, float]] = {
+# The sampling defaults that a model may have: (whole number?, lowest, highest).
+GENERATION_RANGES: dict[str, tuple[bool, float, float]] = {
     "max_tokens": (True, 1, _MAX_TOKENS),
     "min_tokens": (True, 0, _MAX_TOKENS),
     "temperature": (False, 0, 2),
@@ -254,8 +254,8 @@ def _adapters(value: Value) -> dict[str, str]:
 
 def _generation(value: Value) -> dict[str, Any]:
     settings = {}
-    for name, setting in value.mapping("sampling settings", tuple(_GENERATION)).items():
-        whole, low, high = _GENERATION[name]
+    for name, setting in value.mapping("sampling settings", tuple(GENERATION_RANGES)).items():
+        whole, low, high = GENERATION_RANGES[name]
         settings[name] = (
             setting.integer(f"`{name}`", int(low), int(high))
             if whole

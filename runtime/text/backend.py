@@ -21,13 +21,13 @@ class AddedToken:
 
     Attributes:
         special: it marks structure, and decoding leaves it out unless told not to.
-        in_text: whether a text that spells it means it, where special tokens are parsed at all.
+        template_only: a text never means it, even where special tokens are parsed: it is a word like others.
     """
 
     content: str
     id: int
     special: bool = True
-    in_text: bool = True
+    template_only: bool = False
 
 
 class Backend(Protocol):
@@ -36,6 +36,7 @@ class Backend(Protocol):
     Attributes:
         vocab_size: the highest token id plus one.
         special: ids of the tokens that mark structure -> their text.
+        template_only: the texts of those that only a template means by spelling them.
         normalizes_special: whether text can become a special token that does not spell it exactly.
         joins_bytes: whether decoding is nothing but joining the tokens' bytes and reading UTF-8.
         drops_first_space: whether a decoded text that begins with a space loses that one.
@@ -44,6 +45,7 @@ class Backend(Protocol):
 
     vocab_size: int
     special: dict[int, str]
+    template_only: frozenset[str]
     normalizes_special: bool
     joins_bytes: bool
     drops_first_space: bool
@@ -94,12 +96,13 @@ class JoiningBackend(ABC):
         self._added = {token.content: token for token in added}
         self._by_id = {token.id: token for token in self._added.values()}
         self.special = {token.id: token.content for token in self._added.values() if token.special}
+        self.template_only = frozenset(token.content for token in self._added.values() if token.template_only)
         self.vocab_size = max([num_tokens - 1, *self._by_id]) + 1
         self.drops_first_space = drops_first_space
         self._begin, self._end = tuple(begin), tuple(end)
         plain = [token for token in self._added.values() if not token.special]
         self._plain_pattern = _any_of(plain)
-        self._text_pattern = _any_of([token for token in self._added.values() if token.in_text])
+        self._text_pattern = _any_of([token for token in self._added.values() if not token.template_only])
         self._bytes_by_id: dict[int, bytes] = {}
 
     @abstractmethod

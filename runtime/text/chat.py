@@ -28,7 +28,8 @@ def encode_chat(
     model goes on with it; no generation prompt is added then. `variables` are passed to the template.
 
     A special token that is spelled out in a message or a tool stays ordinary text there: nobody can
-    close a turn by typing its end. All other text gets the ids of the rendered prompt as a whole.
+    close a turn by typing its end. All other text gets the ids of the rendered prompt as a whole, or of
+    its pieces where the template parts them by `piece_boundary`.
     Raises RequestError where the template refuses the messages.
     """
     guard = _Guard(tokenizer)
@@ -37,13 +38,31 @@ def encode_chat(
         hidden,
         tools=guard.hide(tools),
         add_generation_prompt=add_generation_prompt and not continue_final_message,
-        **guard.hide(variables),
+        **{**guard.hide(variables), "piece_boundary": guard.boundary},
     )
     if continue_final_message:
         text = _cut_behind(text, hidden[-1].get("content"))
-    if not guard.stand_ins and not tokenizer.normalizes_special:
+    parts = text.split(guard.boundary)
+    if len(parts) == 1 and not guard.stand_ins and not tokenizer.normalizes_special:
         return tokenizer.encode(text, add_special_tokens=False)
-    return tokenizer.encode_owned(guard.pieces(text))
+    return [index for part in parts for index in tokenizer.encode_owned(guard.pieces(part))]
+
+
+def turn_end(tokenizer: Tokenizer, template: ChatTemplate) -> int | None:
+    """The special token that the template puts right behind an assistant's turn, if it does: its end."""
+    answer = f"{secrets.randbelow(10**30):030}"
+    messages = [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": answer},
+        {"role": "user", "content": "?"},
+    ]
+    try:
+        text = template.render(messages, add_generation_prompt=False)
+    except RequestError:
+        return None
+    behind = text.partition(answer)[2].lstrip()
+    match = None if tokenizer.special_pattern is None else tokenizer.special_pattern.match(behind)
+    return None if match is None else tokenizer.id_of(match[0])
 
 
 def _cut_behind(text: str, last: object) -> str:
@@ -67,11 +86,11 @@ class _Guard:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._pattern = tokenizer.special_pattern
+        self._typed, self._pattern = tokenizer.typed_pattern, tokenizer.special_pattern
         self._prefixes = tokenizer.special_prefixes
         self._longest = max(map(len, self._prefixes), default=0)
         # Digits have no case and need no escapes, whatever filter they pass through.
-        self._nonce = f"{secrets.randbelow(10**30):030}"
+        self._nonce, self.boundary = (f"{secrets.randbelow(10**30):030}" for _ in range(2))
         self._hidden = re.compile(self._nonce + r"\d{6}")
         self.stand_ins: dict[str, str] = {}
 
@@ -95,8 +114,8 @@ class _Guard:
         yield self._reveal(text[at:]), False
 
     def _hide_text(self, text: str) -> str:
-        if self._pattern is not None:
-            text = self._pattern.sub(lambda match: self._stand_in(match[0]), text)
+        if self._typed is not None:
+            text = self._typed.sub(lambda match: self._stand_in(match[0]), text)
         visible = text.rstrip()
         for length in range(min(self._longest, len(visible)), 0, -1):
             start = len(visible) - length

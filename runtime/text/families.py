@@ -5,9 +5,12 @@ Sources: each family's published tokenizer and generation code; `model_type` as 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
+from runtime.text.templates import shipped_template
+from runtime.text.tokenizer_files import TokenizerFiles
 from runtime.text.tokenizer_tiktoken import LLAMA3, QWEN, TiktokenRules
 
 
@@ -54,8 +57,25 @@ _FAMILIES = {
     ),
 }
 _OTHER = TextFamily()
+_LLAMA2_CHAT = re.compile(r"llama-?2.*chat", re.IGNORECASE)
 
 
 def text_family(config: dict[str, Any]) -> TextFamily:
     """The family of a model by its config.json."""
     return _FAMILIES.get(str(config.get("model_type")), _OTHER)
+
+
+def own_templates(files: TokenizerFiles) -> dict[str, str]:
+    """Our chat template for a model that brings none, as `default`; nothing for what is no chat model.
+
+    Base models share an architecture with chat models, and are told apart by what else their files say.
+    """
+    model_type, generation = files.config.get("model_type"), files.generation_config
+    name = text_family(files.config).template
+    if model_type == "qwen" and generation.get("chat_format") == "raw":
+        name = None
+    if model_type == "baichuan" and not files.role_ids:
+        name = None
+    if model_type == "llama" and _LLAMA2_CHAT.search(str(files.config.get("_name_or_path"))):
+        name = "llama2"
+    return {} if name is None else {"default": shipped_template(name)}

@@ -6,12 +6,14 @@ All of it comes from the model's small files, which are there long before its we
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from runtime.catalogue import GENERATION_RANGES
+from runtime.text.chat import turn_end
+from runtime.text.sampling import DEFAULTED
 from runtime.text.template import ChatTemplate
 from runtime.text.tokenizer import Tokenizer
 
@@ -33,11 +35,15 @@ class ModelText:
 
 @dataclass(frozen=True)
 class TextFiles:
-    """What the files in a model's folder say. `vocab_size` is None where config.json spells it otherwise."""
+    """What the files in a model's folder say. `vocab_size` is None where config.json spells it otherwise.
+
+    `eos_token_ids` are those of the files, of the family, and the one that ends a turn in the template.
+    """
 
     tokenizer: Tokenizer
     template: ChatTemplate | None
     generation: dict[str, Any]
+    eos_token_ids: tuple[int, ...]
     vocab_size: int | None
 
     @classmethod
@@ -51,11 +57,13 @@ class TextFiles:
             template = ChatTemplate.of(tokenizer)
         else:
             template = ChatTemplate(chat_template, special_tokens=tokenizer.special_tokens)
+        end = None if template is None else turn_end(tokenizer, template)
         vocab_size = _read_json(directory / "config.json").get("vocab_size")
         return cls(
             tokenizer=tokenizer,
             template=template,
-            generation=_numbers(_read_json(directory / "generation_config.json")),
+            generation=_defaults(_read_json(directory / "generation_config.json")),
+            eos_token_ids=(*tokenizer.eos_token_ids, *(() if end is None else (end,))),
             vocab_size=vocab_size if isinstance(vocab_size, int) else None,
         )
 
@@ -67,19 +75,25 @@ class TextFiles:
             tokenizer=self.tokenizer,
             template=self.template,
             defaults={**self.generation, **generation},
-            eos_token_ids=tuple(sorted(self.tokenizer.eos_token_ids)),
+            eos_token_ids=tuple(sorted(set(self.eos_token_ids))),
             max_model_len=max_model_len,
             vocab_size=vocab_size,
         )
 
 
-def _numbers(values: dict[str, Any]) -> dict[str, Any]:
-    """The settings that are finite numbers: nothing else can be a sampling default."""
-    return {
-        name: value
-        for name, value in values.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    }
+def _defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """The sampling settings among a generation_config.json's: what else it holds is for other programs."""
+    found: dict[str, Any] = {}
+    for name in DEFAULTED:
+        value = values.get(name)
+        whole, low, high = GENERATION_RANGES[name]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            continue
+        if not whole:
+            found[name] = value
+        elif value == int(value):
+            found[name] = int(value)
+    return found
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -155,6 +155,8 @@ class ChatTemplateEnvironment(ImmutableSandboxedEnvironment):
             "raise_exception": _raise_exception,
             "strftime_now": _strftime_now,
             "namespace": _PublicNamespace,
+            # Where the prompt's text is tokenized piece by piece, what parts the pieces.
+            "piece_boundary": "",
         }
 
     def tick(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from runtime.text.tokenizer import Tokenizer
 
 _TIME_LIMIT_S = 2.0
+_SHIPPED = re.compile(r"(?:.*/)?template_(\w+)\.jinja|(\w+)")
 
 
 class ChatTemplateError(FirstlightError):
@@ -97,9 +99,20 @@ def _variables(source: str) -> set[str]:
 
 
 def read_template(template: str) -> str:
-    """The source of a chat template that is given as text, or as the path of a file that holds it."""
+    """The source of a chat template that is given as text, as the path of a file, or by name.
+
+    Names are those of the templates that come along. A path that does not exist means one of them too if
+    its file is called `template_NAME.jinja`, as vLLM's examples are, to which deployments' guides refer.
+    """
     if "{" in template:
         return template
+    named = _SHIPPED.fullmatch(template)
+    if named is not None and not Path(template).exists():
+        from runtime.text.templates import shipped_names, shipped_template
+
+        name = named[1] or named[2]
+        if name in shipped_names():
+            return shipped_template(name)
     try:
         return Path(template).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:

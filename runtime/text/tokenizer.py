@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Self
 
 from runtime.text.backend import Backend, TokenizerError
-from runtime.text.families import TextFamily, text_family
+from runtime.text.families import TextFamily, own_templates, text_family
 from runtime.text.sentencepiece_file import is_sentencepiece
 from runtime.text.tokenizer_files import TokenizerFiles
 from runtime.text.tokenizer_json import JsonBackend
@@ -30,7 +30,8 @@ class Tokenizer:
         bos_token_id: the id that a sequence begins with, or None.
         eos_token_ids: every id that ends a sequence, as the model's files name them between them, and
             its family.
-        chat_templates: template name -> source; the one without a name is "default".
+        chat_templates: template name -> source; the one without a name is "default". The family's own
+            where the files hold none.
         joins_bytes: whether decoding is nothing but joining the tokens' bytes and reading UTF-8, as in
             byte-level BPE. Other decoders also look at a token's neighbours.
         drops_first_space: whether a decoded text that begins with a space loses that one.
@@ -47,7 +48,7 @@ class Tokenizer:
         self.special_tokens = files.special_tokens | {name: text for name, text in roles.items() if text}
         self.bos_token_id = self._find_bos(files)
         self.eos_token_ids = self._find_eos(files, family)
-        self.chat_templates = files.chat_templates
+        self.chat_templates = files.chat_templates or own_templates(files)
 
     @classmethod
     def load(cls, directory: Path) -> Self:
@@ -82,18 +83,27 @@ class Tokenizer:
 
     @cached_property
     def _special_texts(self) -> list[str]:
-        return [text for text in self._backend.special.values() if text]
+        return sorted(filter(None, self._backend.special.values()), key=len, reverse=True)
 
     @cached_property
     def special_pattern(self) -> re.Pattern[str] | None:
+        """Matches what a template means as a special token, the longest first; None where there are none.
+
+        A special token that is a mere word counts right behind another one only.
+        """
+        words, texts = self._backend.template_only, self._special_texts
+        return _any_of(f"(?<=[]>]){text}" if text in words else re.escape(text) for text in texts)
+
+    @cached_property
+    def typed_pattern(self) -> re.Pattern[str] | None:
         """Matches any special token's text, the longest first; None where there are no such tokens."""
-        texts = sorted(self._special_texts, key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, texts))) if texts else None
+        return _any_of(map(re.escape, self._special_texts))
 
     @cached_property
     def special_prefixes(self) -> frozenset[str]:
-        """Every text that some special token begins with, the tokens themselves left out."""
-        return frozenset(text[:end] for text in self._special_texts for end in range(1, len(text)))
+        """Every text that some special token begins with, the tokens themselves and mere words left out."""
+        texts = (text for text in self._special_texts if text not in self._backend.template_only)
+        return frozenset(text[:end] for text in texts for end in range(1, len(text)))
 
     def id_of(self, token: str) -> int | None:
         """The id of a token by its spelling in the vocabulary, or None."""
@@ -129,6 +139,11 @@ class Tokenizer:
         named = [self.special_tokens.get("eos_token", ""), *family.stops]
         found = [*files.eos_ids, self._backend.eos_id, *map(self.id_of, named)]
         return tuple(dict.fromkeys(index for index in found if index is not None))
+
+
+def _any_of(patterns: Iterable[str]) -> re.Pattern[str] | None:
+    joined = "|".join(patterns)
+    return re.compile(joined) if joined else None
 
 
 def _open_backend(directory: Path, files: TokenizerFiles, family: TextFamily) -> Backend:

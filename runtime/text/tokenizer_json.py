@@ -24,6 +24,7 @@ class JsonBackend:
 
     # What such a decoder drops, it drops itself.
     drops_first_space = False
+    template_only: frozenset[str] = frozenset()
 
     def __init__(self, path: Path, special_ids: Collection[int] = ()) -> None:
         """`special_ids` mark structure although the file may not say so.

@@ -71,8 +71,8 @@ class SentencePieceBackend(JoiningBackend):
         special |= {index for index in (self._pieces.unk_id(),) if index >= 0}
         found = {index: AddedToken(self._pieces.id_to_piece(index), index) for index in special}
         for place, name in enumerate(rules.appended):
-            # A bare word is no sign of structure when it stands in a text.
-            found[self._size + place] = AddedToken(name, self._size + place, in_text=not name.isalpha())
+            index = self._size + place
+            found[index] = AddedToken(name, index, template_only=name.isalpha())
         found |= {token.id: token for token in rules.added}
         # A text may have one meaning only, and what the files say about it counts.
         return list({token.content: token for token in found.values()}.values())
