@@ -3,16 +3,16 @@
  * Activations are float32. Weights are read row by row where the checkpoint is mapped, in its own format,
  * so nothing is packed at start. Every path below adds up a row in the same order (lane by lane over K_BLOCK
  * elements, the lanes, the tail, then the blocks), so a row of y has the same bits whatever else is in the
- * batch. That order allows one accumulator a row, which costs a single stream about a sixth of its speed and
- * buys reproducible answers. */
+ * batch. That order allows one accumulator a row; four rows at a time keep the processor busy all the same. */
 #include "weights.h"
 
 #include <math.h>
+#include <stddef.h>
 
 #define MAX_PARTS 3
 #define K_BLOCK 1024
 #define M_BLOCK 96
-#define STREAMED_ROWS 16 /* with more rows of x than this, weights are widened once for the whole block */
+#define STREAMED_ROWS 8 /* with more rows of x than this, weights are widened once for the whole block */
 
 typedef struct {
     const void *weight;
@@ -29,109 +29,89 @@ typedef struct {
     long rows_per_chunk, chunks_per_block;
 } linear_t;
 
-/* One row of weights, streamed from memory, against C rows of x: out[c * ldy] = w . x[c] + bias. */
-#define STREAM(C)                                                                                                  \
-    INLINE void stream_##C(const char *w, int type, const float *x, long k, float *out, long ldy, float bias) {    \
-        const long size = type == F32 ? 4 : 2;                                                                     \
-        for (long from = 0; from < k; from += K_BLOCK) {                                                           \
-            const long to = k - from < K_BLOCK ? k : from + K_BLOCK;                                               \
-            vf acc[C] = {{0}};                                                                                     \
-            long i = from;                                                                                         \
-            for (; i + 4 * LANES <= to; i += 4 * LANES) {                                                          \
-                __builtin_prefetch(w + i * size + 4096);                                                           \
-                for (long j = i; j < i + 4 * LANES; j += LANES) {                                                  \
-                    vf ws = weights_at(w, type, j);                                                                \
-                    for (int c = 0; c < C; c++) acc[c] += ws * load(x + c * k + j);                                \
-                }                                                                                                  \
-            }                                                                                                      \
-            for (; i + LANES <= to; i += LANES) {                                                                  \
-                vf ws = weights_at(w, type, i);                                                                    \
-                for (int c = 0; c < C; c++) acc[c] += ws * load(x + c * k + i);                                    \
-            }                                                                                                      \
-            for (int c = 0; c < C; c++) {                                                                          \
-                float total = sum(acc[c]);                                                                         \
-                for (long j = i; j < to; j++) total = fmaf(weight_at(w, type, j), x[c * k + j], total);                       \
-                out[c * ldy] = total + (from ? out[c * ldy] : bias);                                               \
-            }                                                                                                      \
+/* R neighbouring rows of weights, `stride` bytes apart, against C rows of x, over a stretch of k elements: the first
+ * stretch of a longer row unless `add`. Meanwhile the rows at `next`, unless null, are on their way. */
+#define STEP(R, C, AT)                                                                                             \
+    {                                                                                                              \
+        vf xs[C];                                                                                                  \
+        for (int c = 0; c < C; c++) xs[c] = load(x + c * ldx + (AT));                                              \
+        for (int r = 0; r < R; r++) {                                                                              \
+            vf ws = weights_at(w + r * stride, type, AT);                                                          \
+            for (int c = 0; c < C; c++) acc[r][c] += ws * xs[c];                                                   \
         }                                                                                                          \
     }
-STREAM(1)
-STREAM(2)
-STREAM(3)
-STREAM(4)
-STREAM(5)
-STREAM(6)
-STREAM(7)
-STREAM(8)
-
-/* Four rows of float32 weights, K_BLOCK apart, against C rows of x over k elements. `add` is for all but the
- * first stretch of a longer row. */
-#define TILE(C)                                                                                                    \
-    INLINE void tile_##C(const float *w, const float *x, long ldx, long k, float *out, long ldy, v4 bias, int add) { \
-        vf acc[4][C] = {{{0}}};                                                                                    \
+#define TILE(R, C)                                                                                                 \
+    INLINE void tile_##R##_##C(const char *w, int type, long stride, const char *next, const float *x, long ldx,   \
+                               long k, float *y, long ldy, v4 bias, int add) {                                     \
+        const long size = size_of(type), line = 64 / size;                                                         \
+        vf acc[R][C] = {{{0}}};                                                                                    \
         long i = 0;                                                                                                \
-        for (; i + LANES <= k; i += LANES) {                                                                       \
-            vf xs[C];                                                                                              \
-            for (int c = 0; c < C; c++) xs[c] = load(x + c * ldx + i);                                             \
-            for (int r = 0; r < 4; r++) {                                                                          \
-                vf ws = load(w + r * K_BLOCK + i);                                                                 \
-                for (int c = 0; c < C; c++) acc[r][c] += ws * xs[c];                                               \
-            }                                                                                                      \
+        for (; next && i + line <= k; i += line) {                                                                 \
+            for (int r = 0; r < R; r++) __builtin_prefetch(next + r * stride + i * size);                          \
+            for (long j = i; j < i + line; j += LANES) STEP(R, C, j)                                               \
         }                                                                                                          \
+        for (; i + LANES <= k; i += LANES) STEP(R, C, i)                                                           \
         for (int c = 0; c < C; c++) {                                                                              \
-            v4 total = sum4(acc[0][c], acc[1][c], acc[2][c], acc[3][c]);                                           \
+            v4 total = R == 4 ? sum4(acc[0][c], acc[1 % R][c], acc[2 % R][c], acc[3 % R][c])                       \
+                              : (v4){sum(acc[0][c])};                                                              \
             for (long j = i; j < k; j++)                                                                           \
-                for (int r = 0; r < 4; r++) total[r] = fmaf(w[r * K_BLOCK + j], x[c * ldx + j], total[r]);                       \
-            v4 *at = (v4 *)(out + c * ldy);                                                                        \
-            *at = total + (add ? *at : bias);                                                                      \
+                for (int r = 0; r < R; r++)                                                                        \
+                    total[r] = fmaf(weight_at(w + r * stride, type, j), x[c * ldx + j], total[r]);                 \
+            float *at = y + c * ldy;                                                                               \
+            if (R == 4) *(v4 *)at = total + (add ? *(v4 *)at : bias);                                              \
+            else *at = total[0] + (add ? *at : bias[0]);                                                           \
         }                                                                                                          \
     }
-TILE(1)
-TILE(2)
-TILE(3)
+TILE(1, 1)
+TILE(1, 2)
+TILE(1, 3)
+TILE(4, 1)
+TILE(4, 2)
+TILE(4, 3)
+
+/* The same against m rows of x; R is 1 or 4. */
+INLINE void tiles(int R, const char *w, int type, long stride, const char *next, const float *x, long ldx, long m,
+                  long k, float *y, long ldy, v4 bias, int add) {
+    for (; m > 0; m -= 3, x += 3 * ldx, y += 3 * ldy, next = NULL) {
+        if (R == 1 && m > 2) tile_1_3(w, type, stride, next, x, ldx, k, y, ldy, bias, add);
+        else if (R == 1 && m == 2) tile_1_2(w, type, stride, next, x, ldx, k, y, ldy, bias, add);
+        else if (R == 1) tile_1_1(w, type, stride, next, x, ldx, k, y, ldy, bias, add);
+        else if (m > 2) tile_4_3(w, type, stride, next, x, ldx, k, y, ldy, bias, add);
+        else if (m == 2) tile_4_2(w, type, stride, next, x, ldx, k, y, ldy, bias, add);
+        else tile_4_1(w, type, stride, next, x, ldx, k, y, ldy, bias, add);
+    }
+}
 
 /* Four rows of weights, from the width they are stored in to float32, K_BLOCK apart. */
-INLINE void widen(const void *w, int type, long stride, long k, float *out) {
-    const long size = type == F32 ? 4 : 2;
-    for (int r = 0; r < 4; r++) {
-        const char *row = (const char *)w + r * stride * size;
+INLINE void widen(const char *w, int type, long stride, const char *next, long k, float *out) {
+    for (int r = 0; r < 4; r++, w += stride, next += stride, out += K_BLOCK) {
         long i = 0;
         for (; i + LANES <= k; i += LANES) {
-            __builtin_prefetch(row + (i + stride * 4) * size);
-            store(out + r * K_BLOCK + i, weights_at(row, type, i));
+            __builtin_prefetch(next + i * size_of(type));
+            store(out + i, weights_at(w, type, i));
         }
-        for (; i < k; i++) out[r * K_BLOCK + i] = weight_at(row, type, i);
+        for (; i < k; i++) out[i] = weight_at(w, type, i);
     }
 }
 
-/* Four rows of weights against m rows of x. */
-INLINE void four_rows(const linear_t *job, int type, const part_t *part, long n, const float *x, long m, float *y) {
-    const long size = type == F32 ? 4 : 2, k = job->k, ldy = job->ldy;
-    const char *w = (const char *)part->weight + n * part->stride * size;
-    const v4 bias = part->bias ? *(const v4 *)(part->bias + n) : (v4){0};
-    float wide[4 * K_BLOCK] __attribute__((aligned(64)));
+/* R rows of weights, of which the first is the n-th of its part, against m rows of x. */
+INLINE void rows_of_y(int R, const linear_t *job, int type, const part_t *part, long n, const float *x, long m,
+                      float *y) {
+    const long size = size_of(type), k = job->k, stride = part->stride * size;
+    const char *rows = (const char *)part->weight + n * stride;
+    v4 bias = {0};
+    if (part->bias) memcpy(&bias, part->bias + n, R * sizeof(float));
     for (long at = 0; at < k; at += K_BLOCK) {
-        long len = k - at < K_BLOCK ? k - at : K_BLOCK, c = 0;
-        widen(w + at * size, type, part->stride, len, wide);
-        for (; c + 3 <= m; c += 3) tile_3(wide, x + c * k + at, k, len, y + c * ldy, ldy, bias, at > 0);
-        if (m - c == 2) tile_2(wide, x + c * k + at, k, len, y + c * ldy, ldy, bias, at > 0);
-        if (m - c == 1) tile_1(wide, x + c * k + at, k, len, y + c * ldy, ldy, bias, at > 0);
-    }
-}
-
-INLINE void one_row(const linear_t *job, int type, const part_t *part, long n, const float *x, long m, float *y) {
-    const long k = job->k, ldy = job->ldy;
-    const char *w = (const char *)part->weight + n * part->stride * (type == F32 ? 4 : 2);
-    const float bias = part->bias ? part->bias[n] : 0.0f;
-    for (; m >= 8; m -= 8, x += 8 * k, y += 8 * ldy) stream_8(w, type, x, k, y, ldy, bias);
-    switch (m) {
-    case 7: stream_7(w, type, x, k, y, ldy, bias); break;
-    case 6: stream_6(w, type, x, k, y, ldy, bias); break;
-    case 5: stream_5(w, type, x, k, y, ldy, bias); break;
-    case 4: stream_4(w, type, x, k, y, ldy, bias); break;
-    case 3: stream_3(w, type, x, k, y, ldy, bias); break;
-    case 2: stream_2(w, type, x, k, y, ldy, bias); break;
-    case 1: stream_1(w, type, x, k, y, ldy, bias); break;
+        const long length = k - at < K_BLOCK ? k - at : K_BLOCK;
+        const char *w = rows + at * size, *next = at + K_BLOCK < k ? w + K_BLOCK * size : rows + R * stride;
+        if (m <= STREAMED_ROWS || R == 1) {
+            tiles(R, w, type, stride, next, x + at, k, m, length, y, job->ldy, bias, at > 0);
+        } else {
+            float wide[4 * K_BLOCK] __attribute__((aligned(64)));
+            widen(w, type, stride, next, length, wide);
+            tiles(R, (const char *)wide, F32, K_BLOCK * sizeof(float), NULL, x + at, k, m, length, y, job->ldy, bias,
+                  at > 0);
+        }
     }
 }
 
@@ -140,9 +120,8 @@ INLINE void linear_rows(const linear_t *job, int type, const part_t *part, long 
     const float *x = job->x + row0 * job->k;
     float *y = job->y + row0 * job->ldy + column;
     long n = first;
-    if (m > STREAMED_ROWS)
-        for (; n + 4 <= last; n += 4) four_rows(job, type, part, n, x, m, y + n);
-    for (; n < last; n++) one_row(job, type, part, n, x, m, y + n);
+    for (; n + 4 <= last; n += 4) rows_of_y(4, job, type, part, n, x, m, y + n);
+    for (; n < last; n++) rows_of_y(1, job, type, part, n, x, m, y + n);
 }
 
 static void linear_chunk(const void *arg, long chunk) {
