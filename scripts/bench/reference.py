@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
-from harness.answers import Reference, References
+from harness.answers import TIE, Reference, References
 from harness.checkpoint import fingerprint
 from harness.report import progress, run
 from harness.servers import model_folder
@@ -77,10 +78,11 @@ def _most_certain(name: str, model: Any, tokenizer: Any, prompts: list[list[int]
 
 
 def _answer(model: Any, tokenizer: Any, name: str, prompt: list[int]) -> Reference:
+    """The greedy answer up to the first tie: what follows one proves nothing."""
     import torch
 
-    ids, leads = list(prompt), []
-    for _ in range(ANSWER_TOKENS):
+    ids, leads = list(prompt), [math.inf]
+    while len(leads) <= ANSWER_TOKENS and leads[-1] >= TIE:
         with torch.no_grad():
             logits = model(torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1].float()
         best = logits.topk(2)
@@ -89,7 +91,7 @@ def _answer(model: Any, tokenizer: Any, name: str, prompt: list[int]) -> Referen
     answer = ids[len(prompt) :]
     texts = [tokenizer.decode(answer[:n], skip_special_tokens=True) for n in range(len(answer) + 1)]
     pieces = [longer[len(shorter) :] for shorter, longer in itertools.pairwise(texts)]
-    return Reference(name, prompt, answer, pieces, leads)
+    return Reference(name, prompt, answer, pieces, leads[1:])
 
 
 def main() -> None:

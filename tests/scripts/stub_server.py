@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,7 +12,8 @@ from typing import Any
 
 
 class Stub(ThreadingHTTPServer):
-    """Answers each completion with `pieces`, one event each, and counts `extra` tokens too many."""
+    """Answers each completion with `pieces`, one event each, after `delay` seconds, and counts `extra`
+    tokens too many."""
 
     daemon_threads = True
 
@@ -20,12 +22,25 @@ class Stub(ThreadingHTTPServer):
         pieces: list[str],
         extra: int = 0,
         status: int = 200,
+        delay: float = 0.0,
         port: int = 0,
         handler: type[Handler] | None = None,
     ) -> None:
         super().__init__(("127.0.0.1", port), handler or Handler)
-        self.pieces, self.extra, self.status = pieces, extra, status
+        self.pieces, self.extra, self.status, self.delay = pieces, extra, status, delay
         self.asked: list[dict[str, Any]] = []
+        self.at_once = self.most_at_once = 0
+        self.lock = threading.Lock()
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Notes how many answers are under way."""
+        with self.lock:
+            self.at_once += 1
+            self.most_at_once = max(self.most_at_once, self.at_once)
+        yield
+        with self.lock:
+            self.at_once -= 1
 
     @property
     def port(self) -> int:
@@ -45,6 +60,11 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
+        with self.server.counted():
+            self._answer(body)
+
+    def _answer(self, body: dict[str, Any]) -> None:
+        time.sleep(self.server.delay)
         pieces = (self.server.pieces * body["max_tokens"])[: body["max_tokens"]]
         for piece in pieces:
             self._event({"choices": [{"index": 0, "text": piece, "finish_reason": None}]})
@@ -68,7 +88,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def stub(pieces: list[str], **settings: int) -> Iterator[Stub]:
+def stub(pieces: list[str], **settings: Any) -> Iterator[Stub]:
     """A stub that listens until the block is left."""
     server = Stub(pieces, **settings)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))

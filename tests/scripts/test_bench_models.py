@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import reference
 import torch
 import transformers
 from harness import BenchError, random_tokenizer
@@ -17,25 +14,9 @@ from harness.random_weights import bfloat16_block, write_checkpoint
 from make_model import SHAPES, make, shards, tensor_shapes
 from tokenizers import Tokenizer, pre_tokenizers
 
-from tests.scripts.conftest import BENCH
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("models") / "small"
-    done = subprocess.run(
-        [sys.executable, str(BENCH / "make_model.py"), "small", str(directory), "--layers", "1"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(directory)
-    return directory
-
-
-def test_transformers_loads_it_and_nothing_is_missing(folder: Path) -> None:
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+def test_transformers_loads_it_and_nothing_is_missing(small_model: Path) -> None:
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(small_model, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     weights = model.lm_head.weight.detach().float()
@@ -43,8 +24,8 @@ def test_transformers_loads_it_and_nothing_is_missing(folder: Path) -> None:
     assert len(torch.unique(weights, dim=0)) == len(weights), "equal rows would be ties"
 
 
-def test_every_id_is_text_and_every_text_has_ids(folder: Path) -> None:
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+def test_every_id_is_text_and_every_text_has_ids(small_model: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(small_model / "tokenizer.json"))
     size = SHAPES["small"]["vocab_size"]
     assert tokenizer.get_vocab_size() == size
     text = "Any text at all: äöü €, 12 34\n\n"
@@ -62,12 +43,9 @@ def test_byte_symbols_are_gpt2s() -> None:
     assert whole.pre_tokenize_str(text)[0][0] == "".join(symbols[byte] for byte in text.encode())
 
 
-def test_references_are_what_transformers_generates(folder: Path) -> None:
-    references = reference.make(folder, "cpu", "float32")
-    references.write(folder / "reference.json")
-    found = find(folder)
-    assert found == references
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def test_references_are_what_transformers_generates(small_model: Path) -> None:
+    found = find(small_model)
+    model = transformers.AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32)
     for known in (found.explain, found.count):
         prompt = torch.tensor([known.prompt_token_ids])
         certain = known.certain()
@@ -75,12 +53,14 @@ def test_references_are_what_transformers_generates(folder: Path) -> None:
             prompt, do_sample=False, max_new_tokens=certain, eos_token_id=None, pad_token_id=0
         )
         assert generated[0, prompt.shape[1] :].tolist() == known.token_ids[:certain]
+        text = Tokenizer.from_file(str(small_model / "tokenizer.json")).decode(known.token_ids[:certain])
+        assert "".join(known.pieces[:certain]) == text
     assert len(found.count.prompt_token_ids) == 128
 
 
-def test_a_folder_that_holds_something_is_left_alone(folder: Path) -> None:
+def test_a_folder_that_holds_something_is_left_alone(small_model: Path) -> None:
     with pytest.raises(BenchError, match="not empty"):
-        make("small", folder, None)
+        make("small", small_model, None)
 
 
 def test_names_of_qwens_biases(tmp_path: Path) -> None:

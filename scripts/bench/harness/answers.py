@@ -19,7 +19,7 @@ from harness.checkpoint import fingerprint
 
 BUNDLED = Path(__file__).resolve().parents[1] / "references"
 # How small a lead may turn into a tie: at 16 bits, and with weights of 4 bits.
-_TIE, _LOSSY_TIE = 0.05, 0.25
+TIE, LOSSY_TIE = 0.05, 0.25
 # Fewer tokens than this would be right by chance.
 _FEWEST = 2
 
@@ -36,7 +36,7 @@ class Reference:
 
     def certain(self, lossy: bool = False) -> int:
         """How many tokens of an answer must be these."""
-        tie = _LOSSY_TIE if lossy else _TIE
+        tie = LOSSY_TIE if lossy else TIE
         close = (place for place, lead in enumerate(self.leads) if lead < tie)
         return next(close, len(self.leads))
 

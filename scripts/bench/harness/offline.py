@@ -15,7 +15,7 @@ from harness import ROOT, BenchError
 from harness.workload import Request
 
 if TYPE_CHECKING:
-    from runtime.client import EngineClient, TokenStream
+    from runtime.client import EngineClient
     from runtime.protocol import EngineConfig
 
 T = TypeVar("T")
@@ -60,9 +60,12 @@ class OfflineEngine:
         except EngineUnavailable as error:
             raise BenchError(f"firstlight: {error}") from None
 
-    def generate(self, requests: Sequence[Request]) -> list[list[int]]:
-        """Greedy token ids, exactly as many as each request asks for, whatever they are."""
-        return self._call(self._generate(requests))
+    def generate(self, requests: Sequence[Request], concurrency: int | None = None) -> list[list[int]]:
+        """Greedy token ids, exactly as many as each request asks for, whatever they are.
+
+        All requests are submitted at once, or at most `concurrency` of them at a time.
+        """
+        return self._call(self._generate(requests, concurrency or max(len(requests), 1)))
 
     def wait_for_graphs(self) -> bool:
         """Leave the engine in peace until it has captured its CUDA graphs; False if it never says so."""
@@ -71,21 +74,22 @@ class OfflineEngine:
             time.sleep(0.05)
         return "graphs" in self._client.marks
 
-    async def _generate(self, requests: Sequence[Request]) -> list[list[int]]:
+    async def _generate(self, requests: Sequence[Request], concurrency: int) -> list[list[int]]:
+        slots = asyncio.Semaphore(concurrency)
+        return await asyncio.gather(*(self._answer(request, slots) for request in requests))
+
+    async def _answer(self, request: Request, slots: asyncio.Semaphore) -> list[int]:
         from runtime.protocol import SamplingParams, Submit
 
-        name = uuid.uuid4().hex
-        streams = [
-            self._client.submit(
-                Submit(
-                    request_id=f"{name}-{place}",
-                    prompt_token_ids=request.prompt,
-                    sampling=SamplingParams(max_tokens=request.max_tokens, temperature=0.0),
-                )
-            )
-            for place, request in enumerate(requests)
-        ]
-        return await asyncio.gather(*map(_collect, streams))
+        sampling = SamplingParams(max_tokens=request.max_tokens, temperature=0.0)
+        submit = Submit(request_id=uuid.uuid4().hex, prompt_token_ids=request.prompt, sampling=sampling)
+        token_ids: list[int] = []
+        async with slots:
+            async for delta in self._client.submit(submit):
+                if delta.error is not None:
+                    raise BenchError(f"firstlight: {delta.error}")
+                token_ids += delta.token_ids
+        return token_ids
 
     def close(self) -> None:
         """End the engine process."""
@@ -98,15 +102,6 @@ class OfflineEngine:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-async def _collect(stream: TokenStream) -> list[int]:
-    token_ids: list[int] = []
-    async for delta in stream:
-        if delta.error is not None:
-            raise BenchError(f"firstlight: {delta.error}")
-        token_ids += delta.token_ids
-    return token_ids
 
 
 def _config(folder: Path, settings: dict[str, Any]) -> EngineConfig:

@@ -40,6 +40,8 @@ def clock(server: Server, reference: Reference, tokens: int, timeout: float) -> 
     request = client.completion_request(server.greedy(reference.prompt_token_ids, tokens))
     with server.start() as process, _Readiness(process, server.ready_path) as readiness:
         listening, answer = _first_answer(process, request, timeout)
+        if answer.error is not None:
+            raise BenchError(f"{server.name}: {answer.error}\n{process.log()}")
         require_complete(server.name, answer, len(reference.prompt_token_ids), tokens)
         reference.check_text(server.name, answer.text, tokens, server.lossy)
         return Start(

@@ -108,8 +108,11 @@ class Prefill:
 
 Case = Workload | Decode | Prefill
 
+STANDARD = Workload("standard", 256, 100, 1024)
+QUICK_STANDARD = Workload("standard", 16, 10, 100)
+
 CASES: tuple[Case, ...] = (
-    Workload("standard", 256, 100, 1024),
+    STANDARD,
     Decode("single", 1, 128, 256),
     Decode("batch-8", 8, 128, 128),
     Decode("batch-64", 64, 128, 128),
@@ -119,7 +122,7 @@ CASES: tuple[Case, ...] = (
 )
 # The same kinds of work, small enough for two cores.
 QUICK_CASES: tuple[Case, ...] = (
-    Workload("standard", 16, 10, 100),
+    QUICK_STANDARD,
     Decode("single", 1, 128, 32),
     Decode("batch-8", 8, 128, 32),
     Prefill("prefill-1x512", 1, 512),
