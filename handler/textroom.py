@@ -63,7 +63,7 @@ class TextRoom:
             # Only the engine knows for sure what families spell in their own ways.
             info = await self._client.wait_ready()
             max_model_len, vocab_size = info.max_model_len, info.vocab_size
-        return files.with_limits(max_model_len, vocab_size, self._settings.engine.model.generation)
+        return files.with_limits(max_model_len, vocab_size, self._settings.engine.model)
 
     def _read(self, directory: Path) -> TextFiles:
         # Imported here, in a thread: the tokenizers' library takes longer to load than the server to answer.

@@ -52,7 +52,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     `source` is one of `hf://org/name`, `s3://bucket/prefix[?versionId=...]`, `wheel://distribution`
     or an absolute path; `revision` is a branch, tag or commit of the Hub, or a wheel's version.
-    Lengths are in tokens.
+    `chat_template` is a template, its file or the name of one that comes along; `stop_token_ids` end an
+    answer besides the ids that the model's own files name. Lengths are in tokens.
     """
 
     id: str
@@ -63,6 +64,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     dtype: str = "auto"
     quantization: str | None = None
     chat_template: str | None = None
+    stop_token_ids: tuple[int, ...] = ()
     adapters: dict[str, str] = {}
     generation: dict[str, Any] = {}
 
@@ -233,14 +235,21 @@ def _source(value: Value) -> Reference:
 
 
 def _chat_template(value: Value) -> str:
-    """The template itself as it stands, or the absolute path of the file that holds it."""
+    """The template itself or its name as it stands, or the absolute path of the file that holds it."""
+    from runtime.text.templates import shipped_names
+
     text = value.text("a template or its file")
-    if "{%" in text or "{{" in text:
+    if "{%" in text or "{{" in text or text in shipped_names():
         return text
     file = _beside(value, text)
     if not file.is_file():
         raise value.error(f"there is no file {file}", "Paths start from the folder of this file.")
     return str(file)
+
+
+def _stop_token_ids(value: Value) -> tuple[int, ...]:
+    ids = value.items("a list of token ids")
+    return tuple(item.integer("a token id", 0, _MAX_TOKENS) for item in ids)
 
 
 def _adapters(value: Value) -> dict[str, str]:
@@ -272,6 +281,7 @@ _FIELDS: dict[str, Callable[[Value], Any]] = {
     "dtype": _dtype,
     "quantization": _quantization,
     "chat_template": _chat_template,
+    "stop_token_ids": _stop_token_ids,
     "adapters": _adapters,
     "generation": _generation,
 }

@@ -245,7 +245,7 @@ class LLM:
         directory = await self._client.wait_directory()
         files = await asyncio.to_thread(TextFiles.read, directory, self._chat_template)
         info = await self._client.wait_ready()
-        return files.with_limits(info.max_model_len, info.vocab_size, self._client.config.model.generation)
+        return files.with_limits(info.max_model_len, info.vocab_size, self._client.config.model)
 
     async def _ready(self) -> ModelText:
         if self._text is None or (self._text.done() and self._text.exception() is not None):

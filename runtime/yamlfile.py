@@ -69,6 +69,12 @@ class Value(NamedTuple):
             values[key] = value
         return values
 
+    def items(self, what: str) -> list[Value]:
+        """The values of the list that is written here. `what` says in the error what was expected."""
+        if self.node.id != "sequence":
+            raise self.error(f"{self._seen()}, where {what} should be", "Write a list: [1, 2].")
+        return [Value(self.path, f"{self.key}[{place}]", node) for place, node in enumerate(self.node.value)]
+
     def text(self, what: str) -> str:
         """The text written here, which must not be empty."""
         if self.node.id != "scalar" or self.node.tag != _TAG + "str":

