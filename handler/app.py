@@ -20,9 +20,12 @@ from handler.auth import BearerAuth
 from handler.limits import HeaderLimits
 from handler.openai.chat import ChatCompletions
 from handler.openai.completions import Completions
+from handler.openai.embeddings import refuse_embeddings
 from handler.openai.endpoint import Endpoint
 from handler.openai.errors import ApiError, as_api_error
 from handler.openai.models import list_models, show_model
+from handler.openai.openapi import show_openapi
+from handler.openai.responses.answer import Responses
 from handler.openai.tokenize import Detokenize, Tokenize
 from handler.request_id import RequestIds
 from handler.service import Service
@@ -40,10 +43,13 @@ def create_app(client: EngineClient, settings: ServerSettings) -> Starlette:
         routes=[
             Route("/v1/chat/completions", Endpoint(service, ChatCompletions(service)), methods=["POST"]),
             Route("/v1/completions", Endpoint(service, Completions(service)), methods=["POST"]),
+            Route("/v1/responses", Endpoint(service, Responses(service)), methods=["POST"]),
+            Route("/v1/embeddings", refuse_embeddings, methods=["POST"]),
             Route("/v1/models", list_models),
             Route("/v1/models/{id:path}", show_model),
             Route("/tokenize", Tokenize(service), methods=["POST"]),
             Route("/detokenize", Detokenize(service), methods=["POST"]),
+            Route("/openapi.json", show_openapi),
             Route("/health/live", live),
             Route("/health/ready", ready),
             Route("/health/startup", startup),

@@ -10,6 +10,7 @@ import msgspec
 
 from handler.openai.errors import ApiError
 from handler.openai.schema import Sampling
+from handler.openai.sse import DONE
 from handler.service import Service
 from runtime.text.sequence import Sequence
 
@@ -71,10 +72,14 @@ class BaseAnswer:
         return self._head + choices + fields + b"}\n\n"
 
     def last(self) -> bytes:
-        """The events after the text: the usage, where it was asked for."""
+        """The events after the text: the usage, where it was asked for, and the mark of the end."""
         if not self._include_usage:
-            return b""
-        return self._head + b'[],"usage":' + encode(self.usage()) + b"}\n\n"
+            return DONE
+        return self._head + b'[],"usage":' + encode(self.usage()) + b"}\n\n" + DONE
+
+    def failure(self, error: ApiError) -> bytes:
+        """The events that end a stream which fails."""
+        return b"data: " + error.encoded() + b"\n\n" + DONE
 
     def envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         """The fields around the choices of a whole answer."""

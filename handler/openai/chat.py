@@ -8,9 +8,11 @@ from handler.openai.answer import BaseAnswer, encode
 from handler.openai.conversation import Conversation, Reply
 from handler.openai.errors import ApiError
 from handler.openai.logprobs import TokenNames, chat_content, prompt_entries
+from handler.openai.messages import as_turns
 from handler.openai.reply.said import CallDelta, Said
 from handler.openai.schema import ChatRequest
 from handler.openai.strict import parse
+from handler.openai.tools import NamedTool, offered
 from handler.service import Service
 from runtime.protocol import TokenLogprobs
 from runtime.text.sequence import Sequence, TextDelta
@@ -53,7 +55,12 @@ class ChatAnswer(BaseAnswer):
             num_sequences=request.n,
         )
         self.request = request
-        self._conversation = Conversation(service, request, self.id)
+        choice = request.tool_choice
+        tools = offered(
+            [tool.function for tool in request.tools],
+            choice.function if isinstance(choice, NamedTool) else choice,
+        )
+        self._conversation = Conversation(service, request, as_turns(request.messages), tools, self.id)
         self._names: TokenNames | None = None
         self._told_role = False
 

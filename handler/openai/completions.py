@@ -82,7 +82,7 @@ class CompletionAnswer(BaseAnswer):
                     request_id=f"{self.id}-{place}",
                     prompt_token_ids=prompt,
                     sampling=msgspec.structs.replace(sampling, seed=seed),
-                    cache_salt=request.cache_salt,
+                    cache_salt=request.cache_salt or "",
                 )
                 sequence = Sequence(text.tokenizer, submit, request, place, counts_prompt=turn == 0)
                 self.sequences.append(sequence)

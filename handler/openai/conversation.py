@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
-from handler.openai.messages import as_turns
 from handler.openai.prompts import banned_ids, encode_messages, template_variables
 from handler.openai.reply.formats import CallFormat, call_format, reasoning_tags
 from handler.openai.reply.reader import ReplyReader
 from handler.openai.reply.reasoning import Reasoning
 from handler.openai.reply.said import Said
-from handler.openai.schema import ChatRequest
-from handler.openai.tools import offered
+from handler.openai.schema import ChatOptions
 from handler.service import Service
 from runtime.protocol import Submit
 from runtime.text.model_text import ModelText
@@ -41,12 +40,20 @@ class Reply:
         self._format = call_format
         self._show_reasoning = show_reasoning
         self.reasoning = ""
+        self.reasoning_tokens = 0
         self.content = ""
         self.calls: list[Call] = []
+
+    @property
+    def reasons(self) -> bool:
+        """Whether it is still reasoning."""
+        return self._reader.reasons
 
     def read(self, delta: TextDelta) -> Said:
         """What a piece of the sequence adds."""
         said = self._reader.push(delta.text)
+        if self.reasons:
+            self.reasoning_tokens += len(delta.token_ids)
         if delta.finish_reason is not None:
             rest = self._reader.flush()
             said.reasoning += rest.reasoning
@@ -70,16 +77,26 @@ class Reply:
 
 
 class Conversation:
-    """One chat request on the engine's side. After `prepare`, one sequence and one reply for each choice."""
+    """One chat request on the engine's side. After `prepare`, one sequence and one reply for each choice.
 
-    def __init__(self, service: Service, request: ChatRequest, name: str) -> None:
+    `turns` and `tools` are as chat templates take them; `name` is the beginning of the sequences' names.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        request: ChatOptions,
+        turns: list[dict[str, Any]],
+        tools: list[dict[str, Any]],
+        name: str,
+    ) -> None:
         self.service = service
         self.request = request
+        self.turns = turns
+        self.tools = tools
         self.name = name
         self.sequences: list[Sequence] = []
         self.replies: list[Reply] = []
-        self.tools = offered(request.tools, request.tool_choice)
-        self.turns = as_turns(request.messages)
 
     async def prepare(self) -> ModelText:
         """Render and tokenize the messages. Raises `ApiError` or `RequestError` for what cannot be."""
@@ -118,7 +135,7 @@ class Conversation:
                 request_id=f"{self.name}-{place}",
                 prompt_token_ids=prompt,
                 sampling=msgspec.structs.replace(sampling, seed=seed),
-                cache_salt=request.cache_salt,
+                cache_salt=request.cache_salt or "",
             )
             sequence = Sequence(
                 text.tokenizer, submit, request, place, counts_prompt=place == 0, shown_ids=shown

@@ -43,6 +43,9 @@ class Answer(Protocol):
     def last(self) -> bytes:
         """The events after the text."""
 
+    def failure(self, error: ApiError) -> bytes:
+        """The last events of a stream that fails, the only way to fail once the status is out."""
+
     def add(self, batch: list[TextDelta]) -> None:
         """Keep what has arrived for `whole`."""
 
@@ -71,6 +74,7 @@ class Endpoint:
         service = self.service
         outcome = "200"
         events = EventStream(send)
+        answer: Answer | None = None
         try:
             body = await decode_json(await read_body(scope, receive, service.settings.max_request_bytes))
             answer = self.kind.parse(body)
@@ -85,8 +89,8 @@ class Endpoint:
             failure = _STOPPING if isinstance(error, asyncio.CancelledError) else as_api_error(error)
             _log_unexpected(error)
             outcome = str(failure.status)
-            if events.begun:
-                await events.fail(failure)
+            if events.begun and answer is not None:
+                await events.end(answer.failure(failure))
             else:
                 await send_error(send, failure)
         service.metrics.responses[self.kind.route, outcome] += 1

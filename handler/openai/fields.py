@@ -47,6 +47,7 @@ _WITHOUT_EFFECT: dict[str, Test] = {
 
 # What each of these asks for is not done here, so they pass only when they ask for nothing.
 _LATER: dict[str, Test] = {
+    "background": _is(False),
     "allowed_token_ids": _is([]),
     "early_stopping": _is(False),
     "function_call": _is("none", "auto"),
@@ -57,14 +58,19 @@ _LATER: dict[str, Test] = {
     "response_format": _plain_text_format,
     "spaces_between_special_tokens": _is(True),
     "suffix": _is(""),
+    "truncation": _is("disabled"),
     "use_beam_search": _is(False),
     "verbosity": _is("medium"),
 }
 
 # These have no value other than null that asks for nothing.
 _NEVER = {
+    "access_programs",
     "audio",
+    "background_options",
     "chat_template",
+    "context_management",
+    "conversation",
     "guided_choice",
     "guided_decoding_backend",
     "guided_grammar",
@@ -73,9 +79,12 @@ _NEVER = {
     "guided_whitespace_pattern",
     "kv_transfer_params",
     "logits_processors",
+    "max_tool_calls",
     "mm_processor_kwargs",
     "moderation",
     "prediction",
+    "previous_response_id",
+    "prompt",
     "prompt_cache_options",
     "prompt_embeds",
     "structured_outputs",

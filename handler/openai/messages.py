@@ -132,7 +132,9 @@ def _add_reply(turn: dict[str, Any], message: Reply, param: str) -> None:
                 "type": "function",
                 "function": {
                     "name": call.function.name,
-                    "arguments": _arguments(call, f"{param}.tool_calls.{place}.function.arguments"),
+                    "arguments": call_arguments(
+                        call.function.arguments, f"{param}.tool_calls.{place}.function.arguments"
+                    ),
                 },
             }
             for place, call in enumerate(message.tool_calls)
@@ -145,9 +147,10 @@ def _joined(content: str | Sequence[TextPart | RefusalPart] | None) -> str:
     return "\n".join(part.text for part in content)
 
 
-def _arguments(call: ToolCall, param: str) -> dict[str, Any]:
+def call_arguments(text: str, param: str) -> dict[str, Any]:
+    """The arguments of a call as an object. Raises `ApiError` 400 for any other text."""
     try:
-        value = json.loads(call.function.arguments or "{}")
+        value = json.loads(text or "{}")
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):

@@ -58,7 +58,7 @@ class Sampling(Strict):
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    cache_salt: CacheSalt = ""
+    cache_salt: CacheSalt | None = None
     bad_words: Annotated[list[BadWord], Field(max_length=128)] = []
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
@@ -82,15 +82,12 @@ class Sampling(Strict):
         return {int(key): value for key, value in self.logit_bias.items()}
 
 
-class ChatRequest(Sampling):
-    """POST /v1/chat/completions."""
+class ChatOptions(Sampling):
+    """How a conversation is rendered and answered, whatever its turns are spelled like."""
 
-    messages: Messages
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    echo: Literal[False] = False
-    best_of: Literal[1] = 1
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False
@@ -98,9 +95,17 @@ class ChatRequest(Sampling):
     documents: Documents = []
     reasoning_effort: ReasoningEffort | None = None
     include_reasoning: bool = True
+    parallel_tool_calls: bool = True
+
+
+class ChatRequest(ChatOptions):
+    """POST /v1/chat/completions."""
+
+    messages: Messages
+    echo: Literal[False] = False
+    best_of: Literal[1] = 1
     tools: Tools = []
     tool_choice: ToolChoice = "auto"
-    parallel_tool_calls: bool = True
 
 
 class CompletionRequest(Sampling):

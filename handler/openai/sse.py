@@ -5,7 +5,6 @@ from __future__ import annotations
 from starlette.types import Send
 
 from handler.asgi import send_headers
-from handler.openai.errors import ApiError
 
 HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
@@ -37,10 +36,6 @@ class EventStream:
         await self.write(f": {text}\n\n".encode())
 
     async def end(self, events: bytes) -> None:
-        """Send the last events and `[DONE]`, and close the answer in the same breath."""
+        """Send the last events and close the answer in the same breath."""
         await self._begin()
-        await self._send({"type": "http.response.body", "body": events + DONE})
-
-    async def fail(self, error: ApiError) -> None:
-        """End with an error event, the only way to fail once the status is out."""
-        await self.end(b"data: " + error.encoded() + b"\n\n")
+        await self._send({"type": "http.response.body", "body": events})

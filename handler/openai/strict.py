@@ -38,13 +38,17 @@ def parse(model: type[T], body: Any) -> T:
 
 
 def _as_api_error(error: ValidationError, body: dict[str, Any]) -> ApiError:
-    # Of a union's complaints, the one that went deepest into the body speaks of what was meant.
-    complaint = max(error.errors(include_url=False), key=lambda e: len(e["loc"]))
+    # Of a union's complaints, the one that went deepest into the body speaks of what was meant; and what
+    # is missing from a thing of the wrong type does not matter.
+    complaint = max(
+        error.errors(include_url=False), key=lambda e: (len(e["loc"]), e["type"] == "literal_error")
+    )
     path = _path(complaint["loc"], body)
     if complaint["type"] == "missing":
         return _missing([*path, str(complaint["loc"][-1])])
     if complaint["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        path.append(complaint["ctx"]["discriminator"].strip("'"))
+        # The field's name in quotes, or a function's that finds it: `type_of()`.
+        path.append(complaint["ctx"]["discriminator"].strip("'").removesuffix("_of()"))
         if complaint["type"] == "union_tag_not_found":
             return _missing(path)
         complaint["msg"] = f"it must be one of {complaint['ctx']['expected_tags']}"

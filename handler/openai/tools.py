@@ -16,6 +16,8 @@ from handler.openai.strict import Strict
 
 MAX_TOOLS = 128
 MAX_SCHEMA_BYTES = 65_536
+# What the model is told of a function.
+_TOLD = {"name", "description", "parameters"}
 
 
 class Function(Strict):
@@ -47,21 +49,26 @@ class NamedTool(Strict):
     function: NamedFunction
 
 
-ToolChoice = Literal["none", "auto", "required"] | NamedTool
+Choice = Literal["none", "auto", "required"]
+ToolChoice = Choice | NamedTool
 Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)]
 
 
-def offered(tools: Sequence[Tool], choice: ToolChoice) -> list[dict[str, Any]]:
+def offered(
+    functions: Sequence[Function],
+    choice: Choice | NamedFunction,
+    place_of: str = "tools.{}.function",
+) -> list[dict[str, Any]]:
     """The tools that the model is told of, as chat templates take them; none if it must not call any.
 
-    Raises `ApiError` 400 for tools and choices that contradict each other, and for what cannot be
-    promised without a grammar that holds the model to it.
+    `place_of` is how the request names the place of a function. Raises `ApiError` 400 for tools and
+    choices that contradict each other, and for what only a grammar could hold the model to.
     """
-    names = [tool.function.name for tool in tools]
-    for place, tool in enumerate(tools):
-        _check(tool.function, names[:place], f"tools.{place}.function")
-    if isinstance(choice, NamedTool) and choice.function.name not in names:
-        message = f"'tool_choice' names the function '{choice.function.name}', which is not among 'tools'."
+    names = [function.name for function in functions]
+    for place, function in enumerate(functions):
+        _check(function, names[:place], place_of.format(place))
+    if isinstance(choice, NamedFunction) and choice.name not in names:
+        message = f"'tool_choice' names the function '{choice.name}', which is not among 'tools'."
         raise ApiError(400, message, param="tool_choice", code="invalid_value")
     if choice not in ("none", "auto"):
         message = "'tool_choice' may be 'none' or 'auto' here; a call cannot be enforced by this server."
@@ -69,8 +76,8 @@ def offered(tools: Sequence[Tool], choice: ToolChoice) -> list[dict[str, Any]]:
     if choice == "none":
         return []
     return [
-        {"type": "function", "function": tool.function.model_dump(exclude_none=True, exclude={"strict"})}
-        for tool in tools
+        {"type": "function", "function": function.model_dump(include=_TOLD, exclude_none=True)}
+        for function in functions
     ]
 
 

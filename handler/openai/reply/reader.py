@@ -16,6 +16,11 @@ class ReplyReader:
         self._calls = calls
         self._parallel = parallel
 
+    @property
+    def reasons(self) -> bool:
+        """Whether the reply is still in its reasoning."""
+        return self._reasoning is not None and self._reasoning.open
+
     def push(self, text: str) -> Said:
         """Take in the next piece and return what is now certain."""
         reasoning = ""

@@ -21,6 +21,11 @@ class Reasoning:
         self._waiting = ""
         self._began = False
 
+    @property
+    def open(self) -> bool:
+        """Whether the reasoning has begun and not ended."""
+        return self._state == "inside"
+
     def push(self, text: str) -> tuple[str, str]:
         """Take in the next piece: the reasoning and the rest that are now certain."""
         self._waiting += text

@@ -1,0 +1,183 @@
+"""The request of POST /v1/responses: what is acted on. `handler.openai.fields` knows other fields."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag
+
+from handler.openai.messages import MAX_MESSAGES, FunctionName
+from handler.openai.schema import MAX_LOGPROBS, ReasoningEffort, StopText
+from handler.openai.strict import Strict
+from handler.openai.tools import MAX_TOOLS, Choice, Function
+
+Id = Annotated[str, Field(min_length=1, max_length=256)]
+Status = Literal["in_progress", "completed", "incomplete"]
+Empty = Annotated[list[Any], Field(max_length=0)]
+
+
+class InputText(Strict):
+    """A piece of what is put in."""
+
+    type: Literal["input_text", "text"]
+    text: str
+
+
+class OutputText(Strict):
+    """A piece of what an earlier response put out. Its log-probabilities are not looked at again."""
+
+    type: Literal["output_text"]
+    text: str
+    annotations: Empty = []
+    logprobs: list[Any] | None = None
+
+
+class Refusal(Strict):
+    """An earlier refusal."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def text(self) -> str:
+        return self.refusal
+
+
+Part = Annotated[InputText | OutputText | Refusal, Field(discriminator="type")]
+
+
+class InputMessage(Strict):
+    """A turn."""
+
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[Part], Field(fail_fast=True)]
+    # What an earlier response's messages carry along.
+    id: Id | None = None
+    status: Status | None = None
+    phase: Literal["commentary", "final_answer"] | None = None
+
+
+class FunctionCall(Strict):
+    """A call that the model made earlier."""
+
+    type: Literal["function_call"]
+    call_id: Id
+    name: FunctionName
+    arguments: str
+    id: Id | None = None
+    status: Status | None = None
+
+
+class FunctionCallOutput(Strict):
+    """What came of it."""
+
+    type: Literal["function_call_output"]
+    call_id: Id
+    output: str | Annotated[list[InputText], Field(fail_fast=True)]
+    id: Id | None = None
+    status: Status | None = None
+
+
+class ReasoningText(Strict):
+    """A piece of reasoning."""
+
+    type: Literal["reasoning_text", "summary_text"]
+    text: str
+
+
+class ReasoningItem(Strict):
+    """Earlier reasoning; what the chat template makes of it is up to the model."""
+
+    type: Literal["reasoning"]
+    summary: list[ReasoningText] = []
+    content: list[ReasoningText] | None = None
+    encrypted_content: None = None
+    id: Id | None = None
+    status: Status | None = None
+
+
+def type_of(item: Any) -> Any:
+    """What tells items apart: their type, which only messages may leave out."""
+    return item.get("type", "message") if isinstance(item, dict) else None
+
+
+Item = Annotated[
+    Annotated[InputMessage, Tag("message")]
+    | Annotated[FunctionCall, Tag("function_call")]
+    | Annotated[FunctionCallOutput, Tag("function_call_output")]
+    | Annotated[ReasoningItem, Tag("reasoning")],
+    Discriminator(type_of),
+]
+Items = Annotated[list[Item], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+
+
+class FunctionTool(Function):
+    """A function that may be called, spelled without the wrapping that chats have."""
+
+    type: Literal["function"]
+
+
+class NamedFunctionTool(Strict):
+    """The one function that must be called."""
+
+    type: Literal["function"]
+    name: FunctionName
+
+
+class ReasoningOptions(Strict):
+    """How much to reason. Summaries are not made: the reasoning itself is handed out."""
+
+    effort: ReasoningEffort | None = None
+    summary: None = None
+    generate_summary: None = None
+
+
+class TextFormat(Strict):
+    """Plain text, the only format."""
+
+    type: Literal["text"]
+
+
+class TextOptions(Strict):
+    """How the text is written."""
+
+    format: TextFormat | None = None
+    verbosity: Literal["medium"] | None = None
+
+
+class StreamOptions(Strict):
+    """Padding against traffic analysis: not done, so it may only be switched off."""
+
+    include_obfuscation: Literal[False] = False
+
+
+class ResponsesRequest(Strict):
+    """POST /v1/responses."""
+
+    model: str | None = None
+    input: str | Items
+    instructions: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_output_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: int | None = Field(None, ge=-1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
+    stop: StopText | Annotated[list[StopText], Field(max_length=16)] = []
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    include: list[Literal["message.output_text.logprobs"]] = []
+    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)] = []
+    tool_choice: Choice | NamedFunctionTool = "auto"
+    parallel_tool_calls: bool = True
+    reasoning: ReasoningOptions | None = None
+    text: TextOptions | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=32)] = {}
+    metadata: Annotated[dict[str, str], Field(max_length=16)] = {}
+    # Nothing is kept, so there is nothing to come back to.
+    store: Literal[False] = False
