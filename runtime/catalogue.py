@@ -27,6 +27,8 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 _DTYPES = ("auto", "float32", "float16", "bfloat16")
 _MAX_TOKENS = 1 << 24
 _MAX_TP_SIZE = 1024
+# Those that `runtime.text.template.read_template` knows by name.
+_TEMPLATES = Path(__file__).with_name("text") / "templates"
 
 # The sampling defaults that a model may have: (whole number?, lowest, highest).
 GENERATION_RANGES: dict[str, tuple[bool, float, float]] = {
@@ -236,10 +238,8 @@ def _source(value: Value) -> Reference:
 
 def _chat_template(value: Value) -> str:
     """The template itself or its name as it stands, or the absolute path of the file that holds it."""
-    from runtime.text.templates import shipped_names
-
     text = value.text("a template or its file")
-    if "{%" in text or "{{" in text or text in shipped_names():
+    if "{%" in text or "{{" in text or (_TEMPLATES / f"{text}.jinja").is_file():
         return text
     file = _beside(value, text)
     if not file.is_file():
