@@ -19,7 +19,7 @@ from runtime.text.template import ChatTemplate
 _RESERVED = {
     *("messages", "tools", "documents", "add_generation_prompt", "continue_final_message"),
     *("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"),
-    *("tokenizer", "template"),
+    *("tokenizer", "template", "piece_boundary"),
 }
 
 
@@ -98,10 +98,10 @@ def _template(text: ModelText) -> ChatTemplate:
 
 
 def _check_variables(template: ChatTemplate, variables: Mapping[str, Any]) -> None:
-    settable = template.variables - _RESERVED | {"documents"}
-    unknown = sorted(variables.keys() - settable)
+    settable = template.variables - _RESERVED - template.special_tokens.keys()
+    unknown = sorted(variables.keys() - settable - {"documents"})
     if unknown:
-        others = ", ".join(sorted(settable - {"documents"})) or "none"
+        others = ", ".join(sorted(settable)) or "none"
         message = (
             f"'chat_template_kwargs' holds '{unknown[0][:100]}', which this model's chat template does not "
             f"take; it takes: {others}."

@@ -29,7 +29,7 @@ class ChatTemplate:
     def __init__(
         self, source: str | Mapping[str, str], *, special_tokens: Mapping[str, str] | None = None
     ) -> None:
-        """`special_tokens` (bos_token and the like) are variables of the template.
+        """`special_tokens` (bos_token and the like) are variables of the template, kept under that name.
 
         Raises ChatTemplateError if the source is no valid template.
         """
@@ -40,7 +40,7 @@ class ChatTemplate:
             )
         self._sources = dict(sources)
         self._templates = {name: _compile(name, text) for name, text in sources.items()}
-        self._special_tokens = dict(special_tokens or {})
+        self.special_tokens = dict(special_tokens or {})
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> Self | None:
@@ -74,7 +74,7 @@ class ChatTemplate:
         from runtime.text.bounds import TemplateLimitError, bounded, bounded_join
 
         name = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
-        given = {"messages": messages, "tools": tools, "documents": None} | self._special_tokens | variables
+        given = {"messages": messages, "tools": tools, "documents": None} | self.special_tokens | variables
         given["add_generation_prompt"] = add_generation_prompt
         try:
             with bounded(_TIME_LIMIT_S):
