@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,8 @@ from harness.answers import Reference
 from harness.process import tree
 from harness.servers import Server
 from harness.start_clock import clock
+
+from tests.scripts.conftest import BENCH
 
 PIECES = ["A", " hash", " table", " is"]
 REFERENCE = Reference("count", [1, 2, 3], [5, 6, 7, 8], PIECES, [1.0] * 4)
@@ -54,6 +59,17 @@ def test_what_a_server_started_ends_with_it() -> None:
             process.check_alive()
         started = tree(process.pid)
         assert len(started) == 2
+    assert not any(alive(pid) for pid in started)
+
+
+def test_a_benchmark_that_is_told_to_end_leaves_no_server_behind(small_model: Path) -> None:
+    command = [sys.executable, str(BENCH / "memory.py"), "--model", str(small_model), "--device", "cpu"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as benchmark:
+        while len(started := tree(benchmark.pid)) < 3:
+            assert benchmark.poll() is None
+            time.sleep(0.05)
+        benchmark.terminate()
+        assert benchmark.wait(30) == 128 + signal.SIGTERM
     assert not any(alive(pid) for pid in started)
 
 

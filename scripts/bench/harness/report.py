@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -70,7 +71,11 @@ def progress(text: str) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a benchmark's `main`; why there is no report goes to stderr, and the exit status is 1."""
+    """Run a benchmark's `main`; why there is no report goes to stderr, and the exit status is 1.
+
+    When it is told to end (by `timeout`, for example), it ends the servers that it has started first.
+    """
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         main()
     except BenchError as error:
