@@ -23,6 +23,16 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def gelu_tanh_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """As `silu_mul` with GELU in its tanh approximation (Hendrycks and Gimpel, 2016)."""
+    if gate_up.device.type == "cuda":
+        from runtime.kernels.gpu import activation
+
+        return activation.gelu_tanh_mul(gate_up, gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2)))
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh").mul_(up)
+
+
 def silu_mul_torch(gate_up: torch.Tensor) -> torch.Tensor:
     """The plain twin of `silu_mul`."""
     gate, up = gate_up.chunk(2, dim=-1)

@@ -1,4 +1,4 @@
-"""RMSNorm, fused with the residual addition before it."""
+"""RMSNorm: of the residual stream, fused with the addition before it; and of queries and keys, by heads."""
 
 from __future__ import annotations
 
@@ -38,3 +38,31 @@ def add_rms_norm_torch(
     wide = residual.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (normed.to(residual.dtype) * weight.to(residual.dtype)).contiguous()
+
+
+def head_rms_norm(
+    qkv: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, eps: float, num_heads: int
+) -> None:
+    """Norm each head's query and key in qkv in place.
+
+    qkv is [T, (num_heads + 2 num_kv_heads) * head_dim], contiguous: all queries, all keys, all values. The
+    weights are [head_dim] in float32.
+    """
+    if qkv.device.type == "cuda":
+        from runtime.kernels.gpu import norm
+
+        norm.head_rms_norm(qkv, q_weight, k_weight, eps, num_heads)
+    else:
+        head_rms_norm_torch(qkv, q_weight, k_weight, eps, num_heads)
+
+
+def head_rms_norm_torch(
+    qkv: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, eps: float, num_heads: int
+) -> None:
+    """The plain twin of `head_rms_norm`."""
+    heads = qkv.view(qkv.shape[0], -1, q_weight.shape[0])
+    num_normed = (heads.shape[1] + num_heads) // 2
+    for part, weight in ((heads[:, :num_heads], q_weight), (heads[:, num_heads:num_normed], k_weight)):
+        wide = part.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        part.copy_(wide * scale * weight.float())

@@ -1,10 +1,13 @@
-"""RMSNorm, fused with the residual addition before it."""
+"""RMSNorm: of the residual stream, fused with the addition before it; and of queries and keys, by heads."""
 
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
+
+# How many elements of a token one program norms at once, of queries and keys: a power of two.
+_TILE = 2048
 
 
 def add_rms_norm(
@@ -81,3 +84,57 @@ def add_rms_norm_torch(
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     out.copy_(wide * scale * (weight.float() + 1.0 if gemma else weight.float()))
     return out
+
+
+def head_rms_norm(
+    qkv: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, eps: float, num_heads: int
+) -> None:
+    """Norm each head's query and key in qkv in place, in float32, rounded once.
+
+    Its plain twin is `head_rms_norm_torch` in `kernels/norm.py`, which the CPU uses as well. qkv is
+    [T, (num_heads + 2 num_kv_heads) * head_dim], contiguous: all queries, all keys, all values. The weights
+    are [head_dim] of any floating type.
+    """
+    head_dim = q_weight.shape[0]
+    row = qkv.shape[1]
+    num_normed = (row // head_dim + num_heads) // 2
+    padded_dim = triton.next_power_of_2(head_dim)
+    heads_per_program = max(1, _TILE // padded_dim)
+    _head_rms_norm_kernel[(qkv.shape[0], triton.cdiv(num_normed, heads_per_program))](
+        qkv,
+        q_weight,
+        k_weight,
+        eps,
+        ROW=row,
+        NUM_HEADS=num_heads,
+        NUM_NORMED=num_normed,
+        HEAD_DIM=head_dim,
+        PADDED_DIM=padded_dim,
+        HEADS=heads_per_program,
+        num_warps=4,
+    )
+
+
+@triton.jit
+def _head_rms_norm_kernel(
+    qkv_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    eps,
+    ROW: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    NUM_NORMED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    dim = tl.arange(0, PADDED_DIM)[None, :]
+    mask = (head < NUM_NORMED) & (dim < HEAD_DIM)
+    cell = qkv_ptr + token * ROW + head * HEAD_DIM + dim
+    x = tl.load(cell, mask, other=0.0).to(tl.float32)
+    q_weight = tl.load(q_weight_ptr + dim, dim < HEAD_DIM, other=0.0).to(tl.float32)
+    k_weight = tl.load(k_weight_ptr + dim, dim < HEAD_DIM, other=0.0).to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(x * x, 1) / HEAD_DIM + eps)
+    tl.store(cell, x * scale[:, None] * tl.where(head < NUM_HEADS, q_weight, k_weight), mask)

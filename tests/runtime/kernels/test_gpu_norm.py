@@ -6,8 +6,10 @@ import pytest
 import torch
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from runtime.kernels.gpu.norm import add_rms_norm, add_rms_norm_torch
+from runtime.kernels.gpu.norm import add_rms_norm, add_rms_norm_torch, head_rms_norm
+from runtime.kernels.norm import head_rms_norm_torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-5
@@ -57,3 +59,21 @@ def test_half_precision_is_rounded_once(norm) -> None:
 
     # Half a unit in the last of 11 bits, and a little for the float32 arithmetic.
     torch.testing.assert_close(out.double(), exact, rtol=0.502 * 2**-10, atol=1e-7)
+
+
+@pytest.mark.parametrize("norm", [head_rms_norm, head_rms_norm_torch])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 16), (6, 1, 20), (40, 8, 128)])
+def test_queries_and_keys_are_normed_by_heads_and_values_left_alone(
+    norm, heads: int, kv_heads: int, head_dim: int
+) -> None:
+    torch.manual_seed(3)
+    q_norm, k_norm = (Qwen3RMSNorm(head_dim, eps=EPS).to(DEVICE) for _ in range(2))
+    for reference in (q_norm, k_norm):
+        reference.weight.data.normal_()
+    qkv = torch.randn(3, (heads + 2 * kv_heads) * head_dim, device=DEVICE)
+    queries, keys, values = qkv.unflatten(1, (-1, head_dim)).split((heads, kv_heads, kv_heads), dim=1)
+    expected = torch.cat((q_norm(queries), k_norm(keys), values), dim=1).flatten(1).detach()
+
+    norm(qkv, q_norm.weight.detach(), k_norm.weight.detach(), EPS, heads)
+
+    torch.testing.assert_close(qkv, expected, atol=1e-5, rtol=1e-5)
