@@ -75,10 +75,12 @@ class MappedWeights:
             flat = torch.frombuffer(bytearray(mapped[tensor.start : tensor.stop]), dtype=dtype)
         else:
             flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=tensor.start)
+        whole = flat.view(tensor.shape[0], -1)[:, piece.columns[0] : piece.columns[1]]
         if len(tensor.shape) == 1:
-            return flat[piece.rows[0] : piece.rows[1]]
-        whole = flat.view(tensor.shape[0], -1)
-        return whole[piece.rows[0] : piece.rows[1], piece.columns[0] : piece.columns[1]]
+            whole = flat
+        ranges = [whole[first:last] for first, last in piece.rows]
+        # Only rows that lie apart in the file are copied.
+        return ranges[0] if len(ranges) == 1 else torch.cat((whole[:0], *ranges))
 
 
 _PROTECTION = mmap.PROT_READ | mmap.PROT_WRITE

@@ -7,13 +7,14 @@ parameter's pieces are neighbours in it; on the CPU the arena is the mapped file
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.errors import FirstlightError
 from runtime.model.config import ModelConfig
 from runtime.model.families import Model
-from runtime.model.layout import Part
+from runtime.model.layout import Part, RowRange
 from runtime.weights.checkpoint import CheckpointError, TensorInfo
 
 # What the arena's parameters start at: a multiple that every device's widest loads are happy with.
@@ -27,19 +28,19 @@ class PlanError(FirstlightError):
 
 @dataclass(frozen=True)
 class Piece:
-    """A rectangle of one checkpoint tensor, as this rank needs it.
+    """What this rank needs of one checkpoint tensor: some ranges of rows, of each the same columns.
 
     The tensor is seen as [rows, columns], columns being all but the first axis.
     """
 
     tensor: TensorInfo
-    rows: tuple[int, int]
+    rows: tuple[RowRange, ...]
     columns: tuple[int, int]
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The piece's own shape: one axis for a vector, else two."""
-        count = self.rows[1] - self.rows[0]
+        count = sum(last - first for first, last in self.rows)
         return (count,) if len(self.tensor.shape) == 1 else (count, self.columns[1] - self.columns[0])
 
     @property
@@ -127,19 +128,31 @@ def _piece(
         raise CheckpointError(
             f"{tensor.file}: tensor {tensor.name} has dtype {tensor.dtype}; F32, F16 and BF16 are read."
         )
-    rows, columns = part.shape[0], math.prod(part.shape[1:])
+    taken = part.rows or ((0, part.shape[0]),)
+    rows, columns = sum(last - first for first, last in taken), math.prod(part.shape[1:])
+    share, wide = (0, rows), (0, columns)
     match part.split:
         case "columns":
-            return Piece(tensor, (0, rows), _share(columns, rank, world_size))
+            wide = _share(columns, rank, world_size)
         case "rows" | "heads":
-            return Piece(tensor, _share(rows, rank, world_size), (0, columns))
+            share = _share(rows, rank, world_size)
         case "kv_heads":
             ranks = min(world_size, config.num_kv_heads)
-            return Piece(tensor, _share(rows, rank * ranks // world_size, ranks), (0, columns))
+            share = _share(rows, rank * ranks // world_size, ranks)
         case "vocabulary":
             step = -(-rows // world_size)
-            return Piece(tensor, (min(rank * step, rows), min((rank + 1) * step, rows)), (0, columns))
-    return Piece(tensor, (0, rows), (0, columns))
+            share = min(rank * step, rows), min((rank + 1) * step, rows)
+    return Piece(tensor, tuple(_cut(taken, *share)), wide)
+
+
+def _cut(ranges: Iterable[RowRange], start: int, stop: int) -> Iterator[RowRange]:
+    """Those of the ranges' rows that are number `start` to `stop` among them."""
+    at = 0
+    for first, last in ranges:
+        low, high = max(start - at, 0), min(stop - at, last - first)
+        if low < high:
+            yield first + low, first + high
+        at += last - first
 
 
 def _share(size: int, rank: int, world_size: int) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runtime.model.layout import RowRange
 from runtime.weights.checkpoint import CheckpointError
 from runtime.weights.cuda_driver import Driver
 from runtime.weights.plan import Piece, Plan, PlannedParameter
@@ -49,12 +50,14 @@ def chunks_of(plan: Plan, buffer_bytes: int = BUFFER_BYTES) -> Iterator[Chunk]:
     for parameter in plan.parameters:
         offset = parameter.offset
         for piece in parameter.pieces:
-            yield from _chunks(piece, offset, buffer_bytes)
-            offset += piece.num_bytes
+            share = piece.num_bytes // max(1, piece.shape[0])
+            for rows in piece.rows:
+                yield from _chunks(piece, rows, offset, buffer_bytes)
+                offset += (rows[1] - rows[0]) * share
 
 
-def _chunks(piece: Piece, offset: int, buffer_bytes: int) -> Iterator[Chunk]:
-    tensor, (first, last) = piece.tensor, piece.rows
+def _chunks(piece: Piece, rows: RowRange, offset: int, buffer_bytes: int) -> Iterator[Chunk]:
+    tensor, (first, last) = piece.tensor, rows
     row_bytes = (tensor.stop - tensor.start) // max(1, tensor.shape[0]) if tensor.shape else tensor.item_bytes
     start, stop = tensor.start + first * row_bytes, tensor.start + last * row_bytes
     skip, width = 0, row_bytes
@@ -71,11 +74,11 @@ def _chunks(piece: Piece, offset: int, buffer_bytes: int) -> Iterator[Chunk]:
         return
     step = max(1, buffer_bytes // row_bytes)
     for row in range(0, last - first, step):
-        rows = min(step, last - first - row)
+        count = min(step, last - first - row)
         yield Chunk(
             tensor.file,
             start + row * row_bytes,
-            rows * row_bytes,
+            count * row_bytes,
             offset + row * width,
             skip,
             width,
