@@ -23,12 +23,13 @@ class BlockTable:
 
     __slots__ = ("block_ids", "hashes", "num_registered", "salt")
 
-    def __init__(self, salt: str = "") -> None:
+    def __init__(self, salt: str = "", position_base: int = 0) -> None:
         self.block_ids: list[int] = []
         self.hashes: list[bytes] = []
         self.num_registered = 0
         # Hashed, so that no choice of salt can imitate another tenant's chain.
-        self.salt = hashlib.blake2b(salt.encode(), digest_size=16).digest()
+        base = position_base.to_bytes(16, "little")
+        self.salt = hashlib.blake2b(salt.encode(), digest_size=16, person=base).digest()
 
     def extend_hashes(self, token_ids: list[int], block_size: int) -> None:
         """Hash the blocks that `token_ids` has filled since the last call."""

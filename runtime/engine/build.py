@@ -67,7 +67,7 @@ def build_engine(
             decoder, num_blocks, config.block_size, config.max_num_seqs, budget, max_model_len, dtype
         )
     scheduler = Scheduler(blocks, config.max_num_seqs, budget, config.enable_chunked_prefill)
-    engine = Engine(runner, scheduler, max_model_len, config.seed)
+    engine = Engine(runner, scheduler, max_model_len, config.seed, decoder.position_base)
     _check_answer(engine)
     return engine, dtype
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from runtime.engine.scheduler import Scheduled, Scheduler
 from runtime.engine.sequence import Sequence
@@ -16,14 +16,24 @@ class Engine:
 
     A runner that works ahead is given step n + 1 before the tokens of step n are looked at. That a
     sequence has come to its end is then noticed one step late, and the token too many is dropped.
+
+    `position_base` says what is added to the positions of a request whose prompt has that many tokens.
     """
 
-    def __init__(self, runner: Runner, scheduler: Scheduler, max_model_len: int, seed: int) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        max_model_len: int,
+        seed: int,
+        position_base: Callable[[int], int] = lambda num_prompt: 0,
+    ) -> None:
         self.runner = runner
         self.scheduler = scheduler
         self.max_model_len = max_model_len
         self.vocab_size = runner.vocab_size
         self.seed = seed
+        self._position_base = position_base
         self.stats = EngineStats(blocks_total=scheduler.blocks.num_blocks)
         self._num_submitted = 0
         self._refused: list[TokenDelta] = []
@@ -45,7 +55,8 @@ class Engine:
         seed = request.sampling.seed
         if seed is None:
             seed = hash((self.seed, self._num_submitted))
-        self.scheduler.add(Sequence(request, self._num_submitted, seed, self.max_model_len))
+        base = self._position_base(len(request.prompt_token_ids))
+        self.scheduler.add(Sequence(request, self._num_submitted, seed, self.max_model_len, base))
         self._num_submitted += 1
 
     def _problem(self, request: Submit) -> str | None:

@@ -164,6 +164,9 @@ class DeviceRunner:
             rows, table.last_token, table.seq_len, table.block_tables, self._block_size,
             self._token_ids[:n], self._positions[:n], self._slots[:n], self._seq_lens[:n],
         )  # fmt: skip
+        if self.decoder.num_position_tables > 1:
+            # Padding, -1, finds the last row, which is nobody's.
+            self._positions[:n] += table.position_base[rows]
 
     def _batch(
         self,
@@ -209,13 +212,15 @@ class DeviceRunner:
         entering = [item for item in others if item.samples]
         (
             rows, new_blocks, count, token_ids, positions, slots, query_start, seq_lens, table_rows,
-            work_items, logits_rows, new_lengths, records,
+            work_items, logits_rows, new_lengths, bases, records,
         ) = self._staging.send([
             [item.sequence.slot for item in (*decodes, *entering)],
             np.array(updates, np.int32),
             [len(updates)],
             np.concatenate([i.sequence.token_ids[i.start : i.start + i.num_new] for i in others]),
-            np.concatenate([np.arange(i.start, i.start + i.num_new) for i in others]),
+            np.concatenate([
+                i.sequence.position_base + np.arange(i.start, i.start + i.num_new) for i in others
+            ]),
             np.concatenate([self._slots_of(item) for item in others]),
             ends,
             lengths,
@@ -223,9 +228,12 @@ class DeviceRunner:
             items,
             [*range(n), *_logits_rows(others, ends)],
             [item.start + item.num_new for item in entering],
+            [item.sequence.position_base for item in entering],
             self._sampler.records([item.sequence for item in entering]),
         ])  # fmt: skip
         self._sampler.enter([item.sequence for item in entering], rows[n:], records)
+        if self.decoder.num_position_tables > 1:
+            self._table.position_base[rows[n:]] = bases
         if updates:
             apply_updates(new_blocks.view(-1, 3), count, self._table.block_tables)
         total = int(ends[-1])

@@ -91,7 +91,7 @@ class HostRunner:
             tables[row, : len(block_ids)] = block_ids
             span = np.arange(start, stop)
             token_ids[begin:end] = sequence.token_ids[start:stop]
-            positions[begin:end] = span
+            positions[begin:end] = span + sequence.position_base
             slots[begin:end] = tables[row, span // self.block_size].astype(np.int64) * self.block_size + (
                 span % self.block_size
             )

@@ -14,6 +14,8 @@ BlockUpdate = tuple[int, int, int]
 class RequestTable:
     """One row for each slot; see `kernels/gpu/prepare.py` for what the tensors hold.
 
+    `position_base` is there for decoders with more than one table of positions.
+
     The row after the last slot belongs to nobody: what padding writes goes there.
     """
 
@@ -21,6 +23,7 @@ class RequestTable:
         self.last_token = torch.zeros(num_slots + 1, dtype=torch.int32, device=device)
         self.seq_len = torch.zeros(num_slots + 1, dtype=torch.int32, device=device)
         self.block_tables = torch.zeros((num_slots + 1, max_blocks), dtype=torch.int32, device=device)
+        self.position_base = torch.zeros(num_slots + 1, dtype=torch.int32, device=device)
         self._num_sent = [0] * num_slots
 
     def block_updates(self, scheduled: Rows[Scheduled]) -> list[BlockUpdate]:

@@ -18,7 +18,8 @@ class Sequence:
     sampled on the device and are on their way. `num_computed` tokens have their keys and values in the
     cache, or will have once the launched steps are through. `order` is the order of arrival, which is also
     the order of precedence. While it runs, a sequence owns one `slot`, a row of the tables on the device;
-    `sampled_here` says that its last token was sampled in that slot.
+    `sampled_here` says that its last token was sampled in that slot. `position_base` is what the decoder
+    wants added to its positions.
     """
 
     __slots__ = (
@@ -30,6 +31,7 @@ class Sequence:
         "num_prompt",
         "order",
         "penalties",
+        "position_base",
         "prompt_logprobs",
         "prompt_logprobs_left",
         "request_id",
@@ -42,7 +44,9 @@ class Sequence:
         "token_ids",
     )
 
-    def __init__(self, request: Submit, order: int, seed: int, max_model_len: int) -> None:
+    def __init__(
+        self, request: Submit, order: int, seed: int, max_model_len: int, position_base: int = 0
+    ) -> None:
         self.request_id = request.request_id
         self.sampling = request.sampling
         self.token_ids = list(request.prompt_token_ids)
@@ -57,7 +61,8 @@ class Sequence:
         self.order = order
         self.seed = seed
         self.stop_token_ids = frozenset(request.sampling.stop_token_ids)
-        self.table = BlockTable(request.cache_salt)
+        self.position_base = position_base
+        self.table = BlockTable(request.cache_salt, position_base)
         self.penalties: PenaltyState | None = None
         self.prompt_logprobs: list[TokenLogprobs | None] = []
         self.prompt_logprobs_left = request.sampling.prompt_logprobs is not None

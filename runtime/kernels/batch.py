@@ -18,7 +18,7 @@ class PackedBatch:
     Integers are int64 on a CPU and int32 on a GPU, unless they are said to be int32.
 
     token_ids     [T]
-    positions     [T], 0-based within the sequence
+    positions     [T], 0-based within the sequence, plus the sequence's base (`Decoder.position_base`)
     slots         [T], where each token's key and value go: block * block_size + offset; -1 for nowhere
     query_start   [S + 1] int32, where each sequence's new tokens begin
     seq_lens      [S] int32, tokens of each sequence after this step

@@ -14,27 +14,31 @@ from runtime.kernels import native
 
 def rotary_store(
     qkv: torch.Tensor,
-    cos_sin: torch.Tensor,
+    cos_sin: torch.Tensor | None,
     positions: torch.Tensor,
     slots: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     num_heads: int,
+    interleaved: bool = False,
 ) -> None:
     """Rotate the queries and keys in qkv in place and put keys and values where `slots` says.
 
-    qkv      [T, (num_heads + 2 num_kv_heads) * head_dim]: all queries, all keys, all values
-    cos_sin  [max_position, 2, rotary_dim / 2] float32; the first half of the rotated dimensions turns
-             with the second ("neox" layout); dimensions past rotary_dim pass through
+    qkv        [T, (num_heads + 2 num_kv_heads) * head_dim]: all queries, all keys, all values
+    cos_sin    [max_position, 2, rotary_dim / 2] float32, or None where nothing rotates; dimensions past
+               rotary_dim pass through
+    positions  [T], rows of cos_sin
+
+    Dimension i turns with i + rotary_dim / 2 ("neox" layout), or if interleaved, 2 i with 2 i + 1 ("gptj").
     """
     if qkv.device.type == "cuda":
         from runtime.kernels.gpu import rotary
 
-        rotary.rotary_store(qkv, cos_sin, positions, slots, keys, values, num_heads)
+        rotary.rotary_store(qkv, cos_sin, positions, slots, keys, values, num_heads, interleaved)
         return
     lib = native.library() if qkv.device.type == "cpu" else None
-    if lib is None:
-        rotary_store_torch(qkv, cos_sin, positions, slots, keys, values, num_heads)
+    if lib is None or cos_sin is None or interleaved:
+        rotary_store_torch(qkv, cos_sin, positions, slots, keys, values, num_heads, interleaved)
         return
     _, num_kv_heads, block_size, head_dim = values.shape
     lib.rotary_store(
@@ -45,23 +49,25 @@ def rotary_store(
 
 def rotary_store_torch(
     qkv: torch.Tensor,
-    cos_sin: torch.Tensor,
+    cos_sin: torch.Tensor | None,
     positions: torch.Tensor,
     slots: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     num_heads: int,
+    interleaved: bool = False,
 ) -> None:
     """The plain twin of `rotary_store`."""
     _, num_kv_heads, block_size, head_dim = values.shape
     heads = qkv.view(qkv.shape[0], num_heads + 2 * num_kv_heads, head_dim)
-    half = cos_sin.shape[2]
-    cos, sin = cos_sin[positions].unbind(1)
-    turned = heads[:, : num_heads + num_kv_heads, : 2 * half].float()
-    first, second = turned[..., :half], turned[..., half:]
-    cos, sin = cos[:, None], sin[:, None]
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    heads[:, : num_heads + num_kv_heads, : 2 * half] = rotated.to(qkv.dtype)
+    if cos_sin is not None:
+        half = cos_sin.shape[2]
+        turned = heads[:, : num_heads + num_kv_heads, : 2 * half]
+        pairs = turned.view(*turned.shape[:2], *((half, 2) if interleaved else (2, half)))
+        first, second = pairs.float().unbind(-1 if interleaved else -2)
+        cos, sin = cos_sin[positions][:, None].unbind(2)
+        rotated = (first * cos - second * sin, second * cos + first * sin)
+        turned.copy_(torch.stack(rotated, dim=-1 if interleaved else -2).flatten(-2))
     block, offset = slots // block_size, slots % block_size
     keys[block, :, :, offset] = heads[:, num_heads : num_heads + num_kv_heads]
     values[block, :, offset] = heads[:, num_heads + num_kv_heads :]

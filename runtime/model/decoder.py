@@ -6,32 +6,48 @@ from collections.abc import Sequence
 
 import torch
 
+from runtime.kernels.attention import AttentionForm
 from runtime.kernels.batch import PackedBatch
-from runtime.kernels.linear import LinearWeights, logits_of
-from runtime.model.config import ModelConfig
-from runtime.model.layers import MLP, Attention, Embedding, LayerCache, RMSNorm, Weights
-from runtime.model.rope import cos_sin_table
+from runtime.model.config import ModelConfig, RopeConfig
+from runtime.model.layers import (
+    MLP,
+    Attention,
+    Embedding,
+    Head,
+    LayerCache,
+    OutputNorm,
+    RMSNorm,
+    Weights,
+)
+from runtime.model.rope import alibi_slopes, cos_sin_table, log_n_table
 
 
 class DecoderLayer:
     """Attention and MLP, each behind a norm and added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, index: int, cos_sin: torch.Tensor) -> None:
-        prefix = f"layers.{index}."
-        self.input_norm = RMSNorm(weights, f"{prefix}input_norm", config.rms_norm_eps)
-        self.attention = Attention(config, weights, prefix, cos_sin)
-        self.post_norm = RMSNorm(weights, f"{prefix}post_norm", config.rms_norm_eps)
-        self.mlp = MLP(weights, prefix)
+    def __init__(self, config: ModelConfig, weights: Weights, prefix: str, attention: Attention) -> None:
+        self.attention_norm = RMSNorm(config, weights, f"{prefix}attention_norm")
+        self.attention = attention
+        self.attention_output_norm = OutputNorm(config, weights, f"{prefix}attention_output_norm")
+        self.mlp_norm = RMSNorm(config, weights, f"{prefix}mlp_norm")
+        self.mlp = MLP(weights, prefix, config.activation)
+        self.mlp_output_norm = OutputNorm(config, weights, f"{prefix}mlp_output_norm")
 
     def attend(
-        self, x: torch.Tensor | None, residual: torch.Tensor, batch: PackedBatch, cache: LayerCache
+        self,
+        x: torch.Tensor | None,
+        residual: torch.Tensor,
+        batch: PackedBatch,
+        query_scale: torch.Tensor | None,
+        cache: LayerCache,
     ) -> torch.Tensor:
         """The first half: residual += x, then the attention's contribution, [T, hidden_size]."""
-        return self.attention(self.input_norm(x, residual), batch, cache)
+        normed = self.attention_norm(x, residual)
+        return self.attention_output_norm(self.attention(normed, batch, query_scale, cache))
 
     def transform(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """The second half: residual += x, then the MLP's contribution, [T, hidden_size]."""
-        return self.mlp(self.post_norm(x, residual))
+        return self.mlp_output_norm(self.mlp(self.mlp_norm(x, residual)))
 
 
 class Decoder:
@@ -39,26 +55,71 @@ class Decoder:
 
     def __init__(self, config: ModelConfig, weights: Weights, max_model_len: int, dtype: torch.dtype) -> None:
         self.config = config
-        self.embedding = Embedding(weights["embedding"][0], dtype)
-        cos_sin = cos_sin_table(config.rope, max_model_len).to(self.embedding.table.device)
-        self.layers = [DecoderLayer(config, weights, index, cos_sin) for index in range(config.num_layers)]
-        self.norm = RMSNorm(weights, "norm", config.rms_norm_eps)
-        self.head = LinearWeights(weights["embedding" if config.tie_word_embeddings else "head"])
+        self.max_model_len = max_model_len
+        self.embedding = Embedding(weights["embedding"][0], dtype, config.embedding_multiplier)
+        self.layers = _layers(config, weights, max_model_len, self.embedding.table.device)
+        self.norm = RMSNorm(config, weights, "norm")
+        self.head = Head(config, weights)
+        self.log_n: torch.Tensor | None = None
+        if config.log_n_length is not None and config.log_n_length < max_model_len:
+            table = log_n_table(config.log_n_length, max_model_len).repeat(self.num_position_tables)
+            self.log_n = table.to(self.embedding.table.device)
+
+    @property
+    def num_position_tables(self) -> int:
+        """How many tables of positions there are, one after the other; requests differ in which is theirs."""
+        rope = self.config.rope
+        return 1 if rope is None else rope.doublings(self.max_model_len) + 1
+
+    def position_base(self, num_prompt: int) -> int:
+        """What is added to the positions of a request, all its life, if its prompt has `num_prompt` tokens.
+
+        Keys and values of the same tokens with another base are other keys and values.
+        """
+        rope = self.config.rope
+        return 0 if rope is None else rope.doublings(num_prompt) * self.max_model_len
 
     def forward(self, batch: PackedBatch, cache: Sequence[LayerCache]) -> torch.Tensor:
         """The logits after `batch.logits_rows`, [R, vocab_size] float32."""
         residual = self.embedding(batch.token_ids)
+        query_scale = None if self.log_n is None else self.log_n[batch.positions]
         x: torch.Tensor | None = None
         *layers, last = zip(self.layers, cache, strict=True)
         for layer, layer_cache in layers:
-            x = layer.attend(x, residual, batch, layer_cache)
+            x = layer.attend(x, residual, batch, query_scale, layer_cache)
             x = layer.transform(x, residual)
         layer, layer_cache = last
-        x = layer.attend(x, residual, batch, layer_cache)
+        x = layer.attend(x, residual, batch, query_scale, layer_cache)
         if batch.logits_rows is not None and batch.logits_rows.shape[0] < residual.shape[0]:
             # Past the last layer's attention, only the rows whose next token is wanted matter.
             x, residual = x[batch.logits_rows], residual[batch.logits_rows]
         if not residual.shape[0]:
             return residual.new_empty((0, self.config.vocab_size), dtype=torch.float32)
         x = layer.transform(x, residual)
-        return logits_of(self.norm(x, residual), self.head)
+        return self.head(self.norm(x, residual))
+
+
+def _layers(
+    config: ModelConfig, weights: Weights, max_model_len: int, device: torch.device
+) -> list[DecoderLayer]:
+    """All layers; those that rotate alike share one table of angles."""
+    scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+    slopes = alibi_slopes(config.num_heads).to(device) if config.alibi else None
+
+    def table(rope: RopeConfig | None) -> torch.Tensor | None:
+        return None if rope is None else cos_sin_table(rope, max_model_len).to(device)
+
+    everywhere = config.rope, table(config.rope)
+    in_windows = (config.local_rope, table(config.local_rope)) if config.local_rope else everywhere
+    layers = []
+    for index, window in enumerate(config.windows or (0,) * config.num_layers):
+        prefix = f"layers.{index}."
+        # A window that nothing served is longer than hides nothing.
+        visible = window if window < max_model_len else 0
+        num_heads = weights[f"{prefix}o"][0].shape[1] // config.head_dim
+        form = AttentionForm(num_heads, scale, config.attention_softcap, visible, slopes)
+        rope, cos_sin = in_windows if window else everywhere
+        interleaved = rope is not None and rope.interleaved
+        attention = Attention(config, weights, prefix, form, cos_sin, interleaved)
+        layers.append(DecoderLayer(config, weights, prefix, attention))
+    return layers

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 
 import torch
 
-from runtime.kernels.activation import silu_mul
-from runtime.kernels.attention import attention
+from runtime.kernels.activation import gelu_tanh_mul, silu_mul
+from runtime.kernels.attention import AttentionForm, attention
 from runtime.kernels.batch import PackedBatch
-from runtime.kernels.linear import LinearWeights, linear
-from runtime.kernels.norm import add_rms_norm
+from runtime.kernels.linear import LinearWeights, linear, logits_of
+from runtime.kernels.norm import add_rms_norm, head_rms_norm
 from runtime.kernels.rotary import rotary_store
-from runtime.model.config import ModelConfig
+from runtime.model.config import Activation, ModelConfig
 
 Weights = Mapping[str, tuple[torch.Tensor, ...]]
 
@@ -39,9 +39,11 @@ def linear_weights(weights: Weights, name: str) -> LinearWeights:
 class Embedding:
     """Token ids to rows of the embedding table, in the dtype that the decoder computes in."""
 
-    def __init__(self, table: torch.Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, table: torch.Tensor, dtype: torch.dtype, multiplier: float) -> None:
         self.table = table
         self.dtype = dtype
+        # Rounded as the reference rounds it: in bfloat16, Gemma's 67.88 is 68.
+        self.multiplier = torch.tensor(multiplier, dtype=dtype).item()
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[T] -> [T, hidden_size]"""
@@ -49,50 +51,107 @@ class Embedding:
             from runtime.kernels.gpu.embedding import embedding
 
             out = self.table.new_empty((token_ids.shape[0], self.table.shape[1]), dtype=self.dtype)
-            return embedding(token_ids, self.table, out)
-        return self.table.index_select(0, token_ids).to(self.dtype)
+            return embedding(token_ids, self.table, out, scale=self.multiplier)
+        rows = self.table.index_select(0, token_ids).to(self.dtype)
+        return rows if self.multiplier == 1.0 else rows * self.multiplier
 
 
 class RMSNorm:
     """Residual addition and RMSNorm in one pass."""
 
-    def __init__(self, weights: Weights, name: str, eps: float) -> None:
-        self.weight = weights[name][0].float()
-        self.eps = eps
+    def __init__(self, config: ModelConfig, weights: Weights, name: str) -> None:
+        self.weight = norm_weight(config, weights, name)
+        self.eps = config.rms_norm_eps
 
     def __call__(self, x: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor:
         """residual += x in place; returns the normed residual. All [T, hidden_size]."""
         return add_rms_norm(x, residual, self.weight, self.eps)
 
 
-class Attention:
-    """Self-attention over the paged cache."""
+class OutputNorm:
+    """RMSNorm of what attention or MLP adds to the residual, for checkpoints that have one there."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, prefix: str, cos_sin: torch.Tensor) -> None:
-        self.qkv = linear_weights(weights, f"{prefix}qkv")
-        self.output = linear_weights(weights, f"{prefix}o")
-        self.cos_sin = cos_sin
-        self.num_heads = self.output.in_features // config.head_dim
-        self.scale = config.head_dim**-0.5
-
-    def __call__(self, x: torch.Tensor, batch: PackedBatch, cache: LayerCache) -> torch.Tensor:
-        """[T, hidden_size] -> [T, hidden_size]; the new keys and values go into the cache."""
-        qkv = linear(x, self.qkv)
-        rotary_store(
-            qkv, self.cos_sin, batch.positions, batch.slots, cache.keys, cache.values, self.num_heads
-        )
-        return linear(
-            attention(qkv, cache.keys, cache.values, batch, self.num_heads, self.scale), self.output
-        )
-
-
-class MLP:
-    """The gated MLP: down(silu(gate(x)) * up(x))."""
-
-    def __init__(self, weights: Weights, prefix: str) -> None:
-        self.gate_up = linear_weights(weights, f"{prefix}gate_up")
-        self.down = linear_weights(weights, f"{prefix}down")
+    def __init__(self, config: ModelConfig, weights: Weights, name: str) -> None:
+        self.norm = RMSNorm(config, weights, name) if name in weights else None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[T, hidden_size] -> [T, hidden_size]"""
-        return linear(silu_mul(linear(x, self.gate_up)), self.down)
+        return x if self.norm is None else self.norm(None, x)
+
+
+def norm_weight(config: ModelConfig, weights: Weights, name: str) -> torch.Tensor:
+    """What a norm multiplies by, in float32."""
+    weight = weights[name][0].float()
+    return weight + config.norm_offset if config.norm_offset else weight
+
+
+class Attention:
+    """Self-attention over the paged cache. `cos_sin` is None where positions do not rotate."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        prefix: str,
+        form: AttentionForm,
+        cos_sin: torch.Tensor | None,
+        interleaved: bool,
+    ) -> None:
+        self.qkv = linear_weights(weights, f"{prefix}qkv")
+        self.output = linear_weights(weights, f"{prefix}o")
+        self.form = form
+        self.cos_sin = cos_sin
+        self.interleaved = interleaved
+        self.eps = config.rms_norm_eps
+        self.head_norms: tuple[torch.Tensor, torch.Tensor] | None = None
+        if f"{prefix}q_norm" in weights:
+            q_norm, k_norm = (norm_weight(config, weights, f"{prefix}{which}_norm") for which in "qk")
+            self.head_norms = q_norm, k_norm
+
+    def __call__(
+        self, x: torch.Tensor, batch: PackedBatch, query_scale: torch.Tensor | None, cache: LayerCache
+    ) -> torch.Tensor:
+        """[T, hidden_size] -> [T, hidden_size]; the new keys and values go into the cache."""
+        qkv = linear(x, self.qkv)
+        if self.head_norms is not None:
+            head_rms_norm(qkv, *self.head_norms, self.eps, self.form.num_heads)
+        rotary_store(
+            qkv, self.cos_sin, batch.positions, batch.slots, cache.keys, cache.values,
+            self.form.num_heads, self.interleaved,
+        )  # fmt: skip
+        attended = attention(qkv, cache.keys, cache.values, batch, self.form, query_scale)
+        return linear(attended, self.output)
+
+
+class MLP:
+    """The gated MLP: down(activation(gate(x)) * up(x))."""
+
+    def __init__(self, weights: Weights, prefix: str, activation: Activation) -> None:
+        self.gate_up = linear_weights(weights, f"{prefix}gate_up")
+        self.down = linear_weights(weights, f"{prefix}down")
+        self.gated = silu_mul if activation == "silu" else gelu_tanh_mul
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, hidden_size] -> [T, hidden_size]"""
+        return linear(self.gated(linear(x, self.gate_up)), self.down)
+
+
+class Head:
+    """The last hidden state to logits, in float32."""
+
+    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+        self.weights = LinearWeights(weights["embedding" if config.tie_word_embeddings else "head"])
+        self.softcap = config.logits_softcap
+        self.row_norms: torch.Tensor | None = None
+        if config.normalized_head:
+            norms = [torch.linalg.vector_norm(w, dim=1, dtype=torch.float32) for w in self.weights.weights]
+            self.row_norms = torch.cat(norms).clamp(min=1e-12)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[R, hidden_size] -> [R, vocab_size]"""
+        logits = logits_of(x, self.weights)
+        if self.row_norms is not None:
+            logits /= self.row_norms
+        if self.softcap:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits

@@ -7,7 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.model.config import ConfigError, ModelConfig, RawConfig
-from runtime.model.families import llama
+from runtime.model.families import (
+    baichuan,
+    chatglm,
+    gemma2,
+    gemma3,
+    internlm2,
+    llama,
+    qwen,
+    qwen2,
+    qwen3,
+)
 from runtime.model.layout import Parameter
 
 
@@ -23,7 +33,7 @@ _Reader = Callable[[RawConfig], ModelConfig]
 _Layout = Callable[[ModelConfig], Iterable[Parameter]]
 _FAMILIES: dict[str, tuple[_Reader, _Layout]] = {
     architecture: (family.read_config, family.parameters)
-    for family in (llama,)
+    for family in (baichuan, chatglm, gemma2, gemma3, internlm2, llama, qwen, qwen2, qwen3)
     for architecture in family.ARCHITECTURES
 }
 
