@@ -102,6 +102,15 @@ class TestLeaving:
         assert server.get("/status").json["queue"]["in_flight"] == 0
         assert len(server.engine.aborted) == 3
 
+    @pytest.mark.parametrize("stream", [True, False])
+    def test_while_it_still_waits_for_the_model(self, loading: Server, stream: bool) -> None:
+        sock = loading.open_stream(stream=stream, n=2)
+        assert loading.engine.submit_seen.wait(10)
+        sock.close()
+        assert loading.engine.abort_seen.wait(10)
+        assert loading.get("/status").json["queue"] == {"waiting": 0, "limit": 1024, "in_flight": 0}
+        assert len(loading.engine.aborted) == 2
+
     def test_a_whole_answer_that_is_left_is_aborted(self, make_server: Callable[..., Server]) -> None:
         server = make_server(prepare=never_ending)
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)

@@ -115,6 +115,8 @@ REPLIES: list[tuple[str, str, str, list[Call]]] = [
     ("json", '{"answer": 42} so', '{"answer": 42} so', []),
     ("json", call("remove", "{}"), call("remove", "{}"), []),
     ("json", '{"name": "add"}', '{"name": "add"}', []),
+    ("json", '{"x": 1, "name": "add", "arguments": {}}', '{"x": 1, "name": "add", "arguments": {}}', []),
+    ("json", '{"type": "function", "name": "add", "arguments": {}, "x": 1}', "", [("add", "{}")]),
     ("json", "[1, 2, 3]\n", "[1, 2, 3]\n", []),
     ("json", "```\nls\n```", "```\nls\n```", []),
     ("json", "``", "``", []),
@@ -245,6 +247,12 @@ class TestReasoning:
         )
         text = f"<think>Perhaps {HERMES}</think>\nNo. {HERMES}"
         assert read(reader, text) == (f"Perhaps {HERMES}", "No.", [("weather", ARGUMENTS)])
+
+
+def test_json_that_is_an_answer_is_not_held_back() -> None:
+    reader = reader_of("json")
+    assert reader.push('{"answer": [4').content == '{"answer": [4'
+    assert reader.push("2]}").content == "2]}"
 
 
 def test_one_call_at_a_time() -> None:

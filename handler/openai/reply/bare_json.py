@@ -26,7 +26,7 @@ class BareJsonCalls:
         self._state: Literal["start", "between", "call", "content"] = "start"
         self._waiting = ""
         self._undecided = ""  # what has been read, as long as it may turn out to be content
-        self._call = JsonCall()
+        self._call = JsonCall(plain=True)
         self._content = Content()
         self._calls = CallWriter()
 
@@ -77,7 +77,7 @@ class BareJsonCalls:
         if not self._waiting:
             return False
         if self._waiting[0] == "{":
-            self._state, self._call = "call", JsonCall()
+            self._state, self._call = "call", JsonCall(plain=True)
             return True
         if not self._undecided:
             if self._waiting.startswith(_FENCE):

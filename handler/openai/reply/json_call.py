@@ -15,6 +15,7 @@ _IN_PRIMITIVE = re.compile(r"[^,\]}\s]*")
 _CLOSER = {"{": "}", "[": "]"}
 # "parameters" is how Llama 3 and InternLM spell it.
 _ARGUMENTS = ("arguments", "parameters")
+_KEYS = ("name", "type", "id", *_ARGUMENTS)
 
 
 class JsonValue:
@@ -81,12 +82,14 @@ class JsonCall:
 
     It `begins` once its name is known and its arguments have been reached; from then on the arguments
     are handed out as they come. It is `broken` where it cannot be a call: `raw` is what was read so far.
+    With `plain` so is an object with keys that calls do not have, before it has begun: it may be anything.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, plain: bool = False) -> None:
         self.name: str | None = None
         self.done = False
         self.broken = False
+        self._plain = plain
         self.raw = ""
         self._expected: Literal["{", "key", ":", "value", ","] = "{"
         self._value: JsonValue | None = None
@@ -160,7 +163,8 @@ class JsonCall:
         if self._expected == "key":
             self._key = self._decoded()
             self._expected = ":"
-            self.broken = self._key is None
+            odd = self._plain and not self.begins and self._key not in _KEYS
+            self.broken = odd or self._key is None
             return
         is_arguments = self._is_arguments()
         self._expected = ","
