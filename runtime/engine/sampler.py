@@ -53,7 +53,10 @@ def _column(values: list[float], device: torch.device) -> torch.Tensor:
 
 
 def _scaled(logits: torch.Tensor, sequences: Rows[Sequence]) -> torch.Tensor:
-    return logits / _column([s.sampling.temperature for s in sequences], logits.device).float()
+    """Logits over temperatures, with the greatest at 0: so none overflows, however low its temperature."""
+    tiny = torch.finfo(torch.float32).tiny
+    temperatures = _column([max(s.sampling.temperature, tiny) for s in sequences], logits.device)
+    return (logits - logits.amax(dim=-1, keepdim=True)) / temperatures.float()
 
 
 def _uniforms(sequences: Rows[Sequence], device: torch.device) -> torch.Tensor:
