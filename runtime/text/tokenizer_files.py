@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 from runtime.text.backend import AddedToken, TokenizerError
 
@@ -58,25 +58,29 @@ class TokenizerFiles:
         """The text of every token that the files call special."""
         names = set(self.special_tokens.values())
         for file in (self.tokenizer_config, self.special_tokens_map):
-            more = file.get("additional_special_tokens")
-            names |= {text for item in more or () if (text := _text_of(item)) is not None}
+            for key in ("additional_special_tokens", "extra_special_tokens"):
+                more = file.get(key)
+                tokens = more.values() if isinstance(more, dict) else more if isinstance(more, list) else ()
+                names |= {text for token in tokens if (text := _text_of(token)) is not None}
         return frozenset(names)
 
     @cached_property
     def role_ids(self) -> dict[str, int]:
         """`user_token` and `assistant_token` -> their ids, in the families that have roles as tokens."""
         ids = {name: self.generation_config.get(key) for name, key in _ROLE_IDS.items()}
-        return {name: index for name, index in ids.items() if isinstance(index, int)}
+        return {name: index for name, index in ids.items() if _is_id(index)}
 
     @cached_property
     def added(self) -> list[AddedToken]:
         """The tokens that the files give ids to."""
         found: dict[int, AddedToken] = {}
         for text, index in self.added_tokens.items():
-            if not isinstance(index, int):
-                raise TokenizerError(f"added_tokens.json: {text!r} has the id {index!r}, which is no number")
+            if not _is_id(index):
+                raise TokenizerError(f"added_tokens.json: {text!r} has {index!r}, which is no token's id")
             found[index] = AddedToken(text, index, special=text in self.special_names)
         decoder = self.tokenizer_config.get("added_tokens_decoder") or {}
+        if not isinstance(decoder, dict):
+            raise TokenizerError("tokenizer_config.json: added_tokens_decoder must hold tokens by their ids")
         for index, token in decoder.items():
             content = token.get("content") if isinstance(token, dict) else None
             if not index.isdecimal() or not isinstance(content, str):
@@ -93,9 +97,7 @@ class TokenizerFiles:
         found: list[int] = []
         for file in (self.generation_config, self.config):
             value = file.get("eos_token_id")
-            found += [
-                index for index in (value if isinstance(value, list) else [value]) if isinstance(index, int)
-            ]
+            found += filter(_is_id, value if isinstance(value, list) else [value])
         return tuple(dict.fromkeys(found))
 
     @cached_property
@@ -103,14 +105,21 @@ class TokenizerFiles:
         """Template name -> source; the one without a name is "default"."""
         value = self.tokenizer_config.get("chat_template")
         if isinstance(value, list):
-            if not all(isinstance(item, dict) and {"name", "template"} <= item.keys() for item in value):
-                raise TokenizerError(
-                    "tokenizer_config.json: a list of chat templates needs `name` and `template`"
-                )
-            found = {item["name"]: item["template"] for item in value}
+            found = dict(map(_named_template, value))
         else:
             found = {"default": value} if isinstance(value, str) else {}
         return found if self.template is None else found | {"default": self.template}
+
+
+def _named_template(item: Any) -> tuple[str, str]:
+    name, source = (item.get("name"), item.get("template")) if isinstance(item, dict) else (None, None)
+    if not isinstance(name, str) or not isinstance(source, str):
+        raise TokenizerError("tokenizer_config.json: a chat template of a list needs `name` and `template`")
+    return name, source
+
+
+def _is_id(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _text_of(token: Any) -> str | None:

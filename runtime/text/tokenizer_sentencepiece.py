@@ -65,11 +65,13 @@ class SentencePieceBackend(JoiningBackend):
         )
 
     def _added_tokens(self, rules: SentencePieceRules) -> list[AddedToken]:
-        special = {index for index in range(self._size) if self._pieces.is_control(index)}
+        pieces = self._pieces
+        special = {index for index in range(self._size) if pieces.is_control(index)}
         special |= {index for name in rules.special_names if (index := self._id_of_piece(name)) is not None}
-        special |= {index for index in rules.special_ids if 0 <= index < self._size}
-        special |= {index for index in (self._pieces.unk_id(),) if index >= 0}
-        found = {index: AddedToken(self._pieces.id_to_piece(index), index) for index in special}
+        # A byte stays one, whatever the files call it: characters are spelled with it.
+        special |= {index for index in rules.special_ids if index < self._size and not pieces.is_byte(index)}
+        special |= {index for index in (pieces.unk_id(),) if index >= 0}
+        found = {index: AddedToken(pieces.id_to_piece(index), index) for index in special}
         for place, name in enumerate(rules.appended):
             index = self._size + place
             found[index] = AddedToken(name, index, template_only=name.isalpha())

@@ -226,14 +226,31 @@ class TestFiles:
         with pytest.raises(TokenizerError, match=r"tokenizer\.model"):
             Tokenizer.load(write(files, tmp_path))
 
-    @pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer_config.json"])
-    def test_damaged_token_lists_are_named(self, tmp_path: Path, file: str) -> None:
-        content = {
-            "added_tokens.json": {"a": "b"},
-            "tokenizer_config.json": {"added_tokens_decoder": {"x": 1}},
-        }
+    @pytest.mark.parametrize(
+        ("file", "content"),
+        [
+            ("added_tokens.json", {"a": "b"}),
+            ("added_tokens.json", {"a": -1}),
+            ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "a"}}}),
+            ("tokenizer_config.json", {"added_tokens_decoder": {"7": 1}}),
+            ("tokenizer_config.json", {"added_tokens_decoder": [1]}),
+            ("tokenizer_config.json", {"chat_template": [{"name": 1, "template": "x"}]}),
+            ("tokenizer_config.json", {"chat_template": ["x"]}),
+        ],
+    )
+    def test_damaged_settings_are_named(self, tmp_path: Path, file: str, content: dict[str, Any]) -> None:
         with pytest.raises(TokenizerError, match=file):
-            Tokenizer.load(write(llama2() | {file: content[file]}, tmp_path))
+            Tokenizer.load(write(llama2() | {file: content}, tmp_path))
+
+    def test_what_is_no_id_ends_nothing(self, tmp_path: Path) -> None:
+        odd = {"generation_config.json": {"eos_token_id": [True, "3", None, -1, 5]}}
+        assert Tokenizer.load(write(llama2() | odd, tmp_path)).eos_token_ids == (5, 2)
+
+    @pytest.mark.parametrize("names", [["<tool>"], {"tool_token": "<tool>"}, [{"content": "<tool>"}]])
+    def test_special_tokens_in_all_spellings(self, tmp_path: Path, names: Any) -> None:
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            files = llama2() | {"added_tokens.json": {"<tool>": 700}, "special_tokens_map.json": {key: names}}
+            assert 700 in Tokenizer.load(write(files, tmp_path)).special_ids
 
     def test_self_tests_in_the_file_do_not_hinder_the_edit(self) -> None:
         model = train_pieces(user_defined_symbols=["<role>"], self_test_sample_size=5)
