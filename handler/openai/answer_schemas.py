@@ -234,6 +234,11 @@ SCHEMAS: dict[str, Schema] = {
             ),
         }
     ),
+    "ResponseEvent": {
+        "type": "object",
+        "properties": {"type": STRING, "sequence_number": COUNT, "response": ref("Response")},
+        "required": ["type", "sequence_number"],
+    },
     "Model": closed(
         {
             "id": STRING,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -13,14 +14,28 @@ from handler.openai.responses.schema import ResponsesRequest
 from handler.openai.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from handler.openai.strict import Strict
 
-# Path -> (what it is for, request, answer, one event of a streamed answer).
-_POSTS: dict[str, tuple[str, type[Strict] | None, str | None, str | None]] = {
-    "/v1/chat/completions": ("Answer a conversation", ChatRequest, "ChatCompletion", "ChatCompletionChunk"),
-    "/v1/completions": ("Continue a prompt", CompletionRequest, "Completion", "CompletionChunk"),
-    "/v1/responses": ("Answer, in the shape of the Responses API", ResponsesRequest, "Response", "Response"),
-    "/v1/embeddings": ("Refused: the model generates text", None, None, None),
-    "/tokenize": ("A prompt's or a conversation's token ids", TokenizeRequest, "Tokens", None),
-    "/detokenize": ("The text of token ids", DetokenizeRequest, "Text", None),
+
+@dataclass(frozen=True)
+class _Post:
+    """A route that takes a body: the request, the answer, and one event of a streamed answer."""
+
+    summary: str
+    request: type[Strict] | None = None
+    answer: str | None = None
+    event: str | None = None
+
+
+_POSTS = {
+    "/v1/chat/completions": _Post(
+        "Answer a conversation", ChatRequest, "ChatCompletion", "ChatCompletionChunk"
+    ),
+    "/v1/completions": _Post("Continue a prompt", CompletionRequest, "Completion", "CompletionChunk"),
+    "/v1/responses": _Post(
+        "Answer in the shape of the Responses API", ResponsesRequest, "Response", "ResponseEvent"
+    ),
+    "/v1/embeddings": _Post("Refused: the model generates text"),
+    "/tokenize": _Post("A prompt's or a conversation's token ids", TokenizeRequest, "Tokens"),
+    "/detokenize": _Post("The text of token ids", DetokenizeRequest, "Text"),
 }
 _GETS = {
     "/v1/models": ("The names that requests may use", "ModelList"),
@@ -62,14 +77,14 @@ def document() -> dict[str, Any]:
     """The whole document. Keys are asked for where the server has any: see `security`."""
     from pydantic.json_schema import models_json_schema
 
-    requests = [model for _, model, _, _ in _POSTS.values() if model is not None]
+    requests = [post.request for post in _POSTS.values() if post.request is not None]
     _, schemas = models_json_schema(
         [(model, "validation") for model in requests], ref_template="#/components/schemas/{model}"
     )
     defined = schemas["$defs"]
     for model in requests:
         _complete(defined[model.__name__])
-    paths = {path: {"post": _post(*entry)} for path, entry in _POSTS.items()}
+    paths = {path: {"post": _post(post)} for path, post in _POSTS.items()}
     paths |= {path: {"get": _get(path, *entry)} for path, entry in _GETS.items()}
     paths["/metrics"] = {"get": _plain("Counters for Prometheus", "text/plain")}
     paths["/openapi.json"] = {"get": _plain("This document", "application/json")}
@@ -95,20 +110,26 @@ def _complete(schema: dict[str, Any]) -> None:
     schema["properties"] = properties
 
 
-def _post(summary: str, model: type[Strict] | None, answer: str | None, event: str | None) -> dict[str, Any]:
+def _post(post: _Post) -> dict[str, Any]:
     responses = _errors()
-    operation: dict[str, Any] = {"summary": summary, "responses": responses}
-    if model is not None:
-        content = {"application/json": {"schema": ref(model.__name__)}}
+    operation: dict[str, Any] = {"summary": post.summary, "responses": responses}
+    if post.request is not None:
+        content = {"application/json": {"schema": ref(post.request.__name__)}}
         operation["requestBody"] = {"required": True, "content": content}
-    if answer is not None:
-        content = {"application/json": {"schema": ref(answer)}}
+    if post.answer is not None:
+        content = {"application/json": {"schema": ref(post.answer)}}
         described = "The answer"
-        if event is not None:
-            content["text/event-stream"] = {"schema": STRING}
-            described += f"; streamed, a series of events with {event} objects"
+        if post.event is not None:
+            content["text/event-stream"] = {"schema": _event(post.event)}
+            described += '; with "stream": true, a series of server-sent events'
         responses["200"] = {"description": described, "content": content}
     return operation
+
+
+def _event(name: str) -> dict[str, Any]:
+    """One server-sent event. The last one of completions is `[DONE]`."""
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": ref(name)}
+    return {"type": "object", "properties": {"event": STRING, "data": data}, "required": ["data"]}
 
 
 def _get(path: str, summary: str, answer: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from handler.openai.messages import Messages
-from handler.openai.strict import Strict
+from handler.openai.strict import NumTokens, Off, Strict
 from handler.openai.tools import ToolChoice, Tools
 
 MAX_N = 128
@@ -31,7 +31,7 @@ class StreamOptions(Strict):
     include_usage: bool = False
     continuous_usage_stats: bool = False
     # Padding against traffic analysis: not done, so it may only be switched off.
-    include_obfuscation: Literal[False] = False
+    include_obfuscation: Off = False
 
 
 class Sampling(Strict):
@@ -40,11 +40,11 @@ class Sampling(Strict):
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=1)
-    min_tokens: int | None = Field(None, ge=0)
+    max_tokens: NumTokens | None = None
+    min_tokens: int | None = Field(None, ge=0, lt=1 << 31)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
-    top_k: int | None = Field(None, ge=-1)
+    top_k: int | None = Field(None, ge=-1, lt=1 << 31)
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
@@ -85,7 +85,7 @@ class Sampling(Strict):
 class ChatOptions(Sampling):
     """How a conversation is rendered and answered, whatever its turns are spelled like."""
 
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: NumTokens | None = None
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     add_generation_prompt: bool = True
@@ -102,8 +102,8 @@ class ChatRequest(ChatOptions):
     """POST /v1/chat/completions."""
 
     messages: Messages
-    echo: Literal[False] = False
-    best_of: Literal[1] = 1
+    echo: Off = False
+    best_of: int = Field(1, ge=1, le=1)
     tools: Tools = []
     tool_choice: ToolChoice = "auto"
 
@@ -111,7 +111,7 @@ class ChatRequest(ChatOptions):
 class CompletionRequest(Sampling):
     """POST /v1/completions."""
 
-    max_tokens: int | None = Field(None, ge=0)
+    max_tokens: int | None = Field(None, ge=0, lt=1 << 31)
     prompt: (
         str
         | TokenIds

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from handler.openai.errors import ApiError
 from handler.openai.fields import settle
@@ -22,6 +22,17 @@ class Strict(BaseModel):
         defer_build=True,
     )
 
+
+def _must_be_off(value: bool) -> bool:
+    if value:
+        raise ValueError("this server can only do without")
+    return value
+
+
+# A switch for something that is not done. (`Literal[False]` would let 0 pass.)
+Off = Annotated[bool, AfterValidator(_must_be_off), WithJsonSchema({"type": "boolean", "const": False})]
+# A number of tokens.
+NumTokens = Annotated[int, Field(ge=1, lt=1 << 31)]
 
 T = TypeVar("T", bound=Strict)
 

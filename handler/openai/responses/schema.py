@@ -8,7 +8,7 @@ from pydantic import Discriminator, Field, Tag
 
 from handler.openai.messages import MAX_MESSAGES, FunctionName
 from handler.openai.schema import MAX_LOGPROBS, ReasoningEffort, StopText
-from handler.openai.strict import Strict
+from handler.openai.strict import NumTokens, Off, Strict
 from handler.openai.tools import MAX_TOOLS, Choice, Function
 
 Id = Annotated[str, Field(min_length=1, max_length=256)]
@@ -149,7 +149,7 @@ class TextOptions(Strict):
 class StreamOptions(Strict):
     """Padding against traffic analysis: not done, so it may only be switched off."""
 
-    include_obfuscation: Literal[False] = False
+    include_obfuscation: Off = False
 
 
 class ResponsesRequest(Strict):
@@ -160,10 +160,10 @@ class ResponsesRequest(Strict):
     instructions: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    max_output_tokens: int | None = Field(None, ge=1)
+    max_output_tokens: NumTokens | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
-    top_k: int | None = Field(None, ge=-1)
+    top_k: int | None = Field(None, ge=-1, lt=1 << 31)
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
@@ -180,4 +180,4 @@ class ResponsesRequest(Strict):
     chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=32)] = {}
     metadata: Annotated[dict[str, str], Field(max_length=16)] = {}
     # Nothing is kept, so there is nothing to come back to.
-    store: Literal[False] = False
+    store: Off = False
