@@ -48,7 +48,13 @@ def measure_ours(
     folder: Path, device: str, task: Task, settings: dict[str, Any], references: answers.References
 ) -> dict[str, list[float]]:
     """Seconds of each case on this project's engine."""
-    settings = {"device": device, "world_size": task.tensor_parallel_size, **settings}
+    # Every round has the same prompts: nothing may be found again, on any engine.
+    settings = {
+        "device": device,
+        "world_size": task.tensor_parallel_size,
+        "enable_prefix_caching": False,
+        **settings,
+    }
     with OfflineEngine(folder, settings) as engine:
 
         def settle() -> None:
