@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from runtime.kernels import native
+from runtime.kernels.activation import silu_mul
 
 _NATIVE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _MAX_NATIVE_PARTS = 3
@@ -87,6 +88,16 @@ def _gemv(x: torch.Tensor, weights: LinearWeights, dtype: torch.dtype) -> torch.
 
     out = torch.empty((x.shape[0], weights.out_features), dtype=dtype, device=x.device)
     return gemv(x, weights.weights[0], out, weights.biases[0])
+
+
+def silu_linear(x: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
+    """silu(gate) * up, both projections of x [m, in_features] fused in `weights` -> [m, out_features / 2]."""
+    if weights.suits_gemv and 0 < x.shape[0] <= _MAX_GEMV_ROWS:
+        from runtime.kernels.gpu.gemv import gemv
+
+        out = x.new_empty((x.shape[0], weights.out_features // 2))
+        return gemv(x, weights.weights[0], out, weights.biases[0], silu_mul=True)
+    return silu_mul(linear(x, weights))
 
 
 def logits_of(x: torch.Tensor, weights: LinearWeights) -> torch.Tensor:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import torch
 
-from runtime.kernels.activation import gelu_tanh_mul, silu_mul
+from runtime.kernels.activation import gelu_tanh_mul
 from runtime.kernels.attention import AttentionForm, attention
 from runtime.kernels.batch import PackedBatch
-from runtime.kernels.linear import LinearWeights, linear, logits_of
+from runtime.kernels.linear import LinearWeights, linear, logits_of, silu_linear
 from runtime.kernels.norm import add_rms_norm, head_rms_norm
 from runtime.kernels.rotary import rotary_store
 from runtime.model.config import Activation, ModelConfig
@@ -129,11 +129,15 @@ class MLP:
     def __init__(self, weights: Weights, prefix: str, activation: Activation) -> None:
         self.gate_up = linear_weights(weights, f"{prefix}gate_up")
         self.down = linear_weights(weights, f"{prefix}down")
-        self.gated = silu_mul if activation == "silu" else gelu_tanh_mul
+        self.activation = activation
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[T, hidden_size] -> [T, hidden_size]"""
-        return linear(self.gated(linear(x, self.gate_up)), self.down)
+        if self.activation == "silu":
+            gated = silu_linear(x, self.gate_up)
+        else:
+            gated = gelu_tanh_mul(linear(x, self.gate_up))
+        return linear(gated, self.down)
 
 
 class Head:
