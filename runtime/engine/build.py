@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -15,8 +15,8 @@ from runtime.engine.step import Runner
 from runtime.errors import FirstlightError
 from runtime.kernels import native
 from runtime.model.config import ModelConfig
-from runtime.model.decoder import Decoder
-from runtime.model.families import Model
+from runtime.model.decoder import CausalLM, Decoder
+from runtime.model.families import ForeignModel, Model
 from runtime.protocol import EngineConfig, SamplingParams, Submit
 
 Weights = Mapping[str, tuple[torch.Tensor, ...]]
@@ -33,17 +33,21 @@ class SettingError(FirstlightError):
 
 
 def build_engine(
-    config: EngineConfig, model: Model, weights: Weights, device_type: str
+    config: EngineConfig, model: Model | ForeignModel, weights: Callable[[], Weights], device_type: str
 ) -> tuple[Engine, torch.dtype]:
-    """The engine on `cpu` or `cuda`, and the dtype it computes in. Raises `SettingError`."""
+    """The engine on `cpu` or `cuda`, and the dtype it computes in. Raises `FirstlightError`."""
     device = _device(device_type)
-    dtype = _dtype(config, model.config, device)
-    max_model_len = _max_model_len(config, model.config)
-    most = config.max_num_seqs * -(-max_model_len // config.block_size)
-    weights = _placed(weights, device, dtype)
+    dtype = _dtype(config, model.torch_dtype, device)
+    if device.type == "cpu":
+        # With the compiled kernels, which bring their own threads, torch's would only get in the way.
+        compiled = isinstance(model, Model) and native.library() is not None
+        torch.set_num_threads(1 if compiled else native.default_threads())
+    shape, decoder_for = _load(config, model, weights, device, dtype)
+    max_model_len = _max_model_len(config, shape)
     budget = config.max_num_batched_tokens or _MAX_NUM_BATCHED_TOKENS[device.type]
     _check_budget(config, budget, max_model_len)
-    num_blocks = _num_blocks(config, model.config, device, dtype, budget, most)
+    most = config.max_num_seqs * -(-max_model_len // config.block_size)
+    num_blocks = _num_blocks(config, shape, device, dtype, budget, most)
     held = num_blocks * config.block_size
     if held < max_model_len:
         if config.max_model_len is not None:
@@ -52,10 +56,7 @@ def build_engine(
                 "lower it, or give the cache more memory."
             )
         max_model_len = held
-    if device.type == "cpu":
-        # With the compiled kernels, which bring their own threads, torch's would only get in the way.
-        torch.set_num_threads(native.default_threads() if native.library() is None else 1)
-    decoder = Decoder(model.config, weights, max_model_len, dtype)
+    decoder = decoder_for(max_model_len)
     blocks = BlockManager(num_blocks, config.block_size, config.enable_prefix_caching)
     runner: Runner
     if device.type == "cpu":
@@ -72,6 +73,28 @@ def build_engine(
     return engine, dtype
 
 
+def _load(
+    config: EngineConfig,
+    model: Model | ForeignModel,
+    weights: Callable[[], Weights],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[ModelConfig, Callable[[int], CausalLM]]:
+    """The model's shape with its weights in place, and what makes its decoder for a max_model_len."""
+    if isinstance(model, Model):
+        shape, placed = model.config, _placed(weights(), device, dtype)
+        return shape, lambda max_model_len: Decoder(shape, placed, max_model_len, dtype)
+    if config.world_size > 1:
+        raise SettingError(
+            f"--tensor-parallel-size {config.world_size} is not available for {model.architecture}, which "
+            "runs through transformers' own class: use 1."
+        )
+    from runtime.model.fallback import FallbackDecoder
+
+    decoder = FallbackDecoder(model.directory, model.architecture, device, dtype)
+    return decoder.config, lambda max_model_len: decoder
+
+
 def _device(device_type: str) -> torch.device:
     if device_type == "cuda" and not torch.cuda.is_available():
         raise SettingError(
@@ -81,7 +104,7 @@ def _device(device_type: str) -> torch.device:
     return torch.device(device_type)
 
 
-def _dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
+def _dtype(config: EngineConfig, saved: str, device: torch.device) -> torch.dtype:
     if config.dtype not in ("auto", *_DTYPES):
         raise SettingError(
             f"--dtype {config.dtype} is not known; choose auto or one of {', '.join(_DTYPES)}."
@@ -93,7 +116,7 @@ def _dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> to
                 f"--dtype {config.dtype} is not available on the CPU, which computes in float32."
             )
         return torch.float32
-    return _DTYPES.get(model.torch_dtype if config.dtype == "auto" else config.dtype, torch.bfloat16)
+    return _DTYPES.get(saved if config.dtype == "auto" else config.dtype, torch.bfloat16)
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:

@@ -28,7 +28,7 @@ from runtime.kernels.gpu.attention_prefill import (
 )
 from runtime.kernels.gpu.attention_tile import Workspace
 from runtime.kernels.gpu.prepare import apply_updates, prepare_decode
-from runtime.model.decoder import Decoder
+from runtime.model.decoder import CausalLM
 from runtime.model.layers import LayerCache
 
 
@@ -39,7 +39,7 @@ class DeviceRunner:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: CausalLM,
         num_blocks: int,
         block_size: int,
         max_num_seqs: int,
@@ -126,8 +126,10 @@ class DeviceRunner:
     def _decode_only(
         self, decodes: Rows[Scheduled], updates: list[BlockUpdate]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """One token for each sequence, from a captured graph: slots, lengths and logits, all padded."""
-        size, is_new = self.graphs.choose(len(decodes))
+        """One token for each sequence, from a graph if there may be one: slots, lengths, logits, padded."""
+        size, is_new = len(decodes), False
+        if self.decoder.capturable:
+            size, is_new = self.graphs.choose(size)
         if is_new:
             self._capture(size)
         slots = [item.sequence.slot for item in decodes] + [-1] * (size - len(decodes))
@@ -135,7 +137,8 @@ class DeviceRunner:
         self._rows[:size].copy_(rows)
         self._num_updates.copy_(count)
         self._updates.view(-1)[: len(new_blocks)].copy_(new_blocks)
-        return self._rows[:size], self._seq_lens[:size], self.graphs.replay(size)
+        logits = self.graphs.replay(size) if self.decoder.capturable else self._decode(size)
+        return self._rows[:size], self._seq_lens[:size], logits
 
     def _capture(self, size: int) -> None:
         # A batch of nobody: what is run for the capture's sake changes no request.
@@ -146,7 +149,7 @@ class DeviceRunner:
     @torch.inference_mode()
     def use_idle_time(self) -> bool:
         """Capture one more graph; see `Runner.use_idle_time`."""
-        size = self.graphs.missing()
+        size = self.graphs.missing() if self.decoder.capturable else None
         if size is not None:
             self._capture(size)
         return size is not None

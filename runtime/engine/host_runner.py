@@ -14,7 +14,7 @@ from runtime.engine.sequence import Sequence
 from runtime.engine.step import StepResult
 from runtime.kernels.attention import query_tile
 from runtime.kernels.batch import PackedBatch
-from runtime.model.decoder import Decoder
+from runtime.model.decoder import CausalLM
 from runtime.model.layers import LayerCache
 from runtime.protocol import TokenLogprobs
 
@@ -34,7 +34,7 @@ class HostRunner:
 
     steps_ahead = 0
 
-    def __init__(self, decoder: Decoder, num_blocks: int, block_size: int, dtype: torch.dtype) -> None:
+    def __init__(self, decoder: CausalLM, num_blocks: int, block_size: int, dtype: torch.dtype) -> None:
         config = decoder.config
         self.decoder = decoder
         self.vocab_size = config.vocab_size

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 
 from runtime import marks
 from runtime.kernels import native
-from runtime.model.families import Model, read_model
+from runtime.model.families import ForeignModel, Model, read_model
 from runtime.protocol import EngineConfig, Event, Progress, Ready
 from runtime.weights import sources
 from runtime.weights.checkpoint import read_checkpoint
 from runtime.weights.cuda_driver import CudaError, Driver
 from runtime.weights.loader import MappedWeights
-from runtime.weights.plan import Plan, make_plan
+from runtime.weights.plan import Plan, make_plan, plan_all
 from runtime.weights.upload import DeviceWeights
 
 if TYPE_CHECKING:
@@ -39,9 +39,10 @@ class Preparation(threading.Thread):
         self._error: Exception | None = None
         self._last_sent = 0.0
         self.marks: dict[str, float] = {}
-        self.model: Model
+        self.model: Model | ForeignModel
         self.plan: Plan
         self.weights: MappedWeights | DeviceWeights
+        self.device = "cpu"
 
     def run(self) -> None:
         """The thread's work."""
@@ -59,17 +60,22 @@ class Preparation(threading.Thread):
     def _prepare(self) -> None:
         directory = self._fetch()
         self.model = read_model(directory)
-        self.plan = make_plan(
-            self.model, read_checkpoint(directory), self._config.rank, self._config.world_size
-        )
+        tensors = read_checkpoint(directory)
+        if isinstance(self.model, ForeignModel):
+            self.plan = plan_all(tensors)
+        else:
+            self.plan = make_plan(self.model, tensors, self._config.rank, self._config.world_size)
         self._mark("plan")
         self._send(Progress(phase="load", bytes_total=self.plan.read_bytes, directory=str(directory)))
         driver = None if self._config.device == "cpu" else _driver(required=self._config.device == "cuda")
         if driver is None:
-            self.weights = MappedWeights(self.plan)
             native.build()
         else:
             self._mark("device")
+            self.device = "cuda"
+        if driver is None or isinstance(self.model, ForeignModel):
+            self.weights = MappedWeights(self.plan)
+        else:
             self.weights = DeviceWeights(self.plan, driver)
         self._mark("first_byte")
         self.weights.load(lambda done: self._progress("load", done, self.weights.num_bytes))
@@ -116,8 +122,8 @@ def start(config: EngineConfig, send: Callable[[Event], None]) -> tuple[Engine, 
 
     torch_imported = marks.since_exec()
     preparation.finish()
-    device = "cpu" if isinstance(preparation.weights, MappedWeights) else "cuda"
-    engine, dtype = build_engine(config, preparation.model, preparation.weights.tensors(), device)
+    device = preparation.device
+    engine, dtype = build_engine(config, preparation.model, preparation.weights.tensors, device)
     ready = Ready(
         device=device,
         dtype=str(dtype).removeprefix("torch."),

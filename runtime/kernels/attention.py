@@ -123,14 +123,20 @@ def attention_torch(
         for first in range(begin, end, _TORCH_TILE):
             last = min(first + _TORCH_TILE, end)
             positions = torch.arange(length - (end - first), length - (end - last), device=qkv.device)
-            out[first:last] = _attend(queries[first:last], k.to(qkv.dtype), v.to(qkv.dtype), positions, form)
+            out[first:last] = attend_densely(
+                queries[first:last], k.to(qkv.dtype), v.to(qkv.dtype), positions, form
+            )
     return out.reshape(qkv.shape[0], form.num_heads * head_dim)
 
 
-def _attend(
+def attend_densely(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, form: AttentionForm
 ) -> torch.Tensor:
-    """q [n, num_heads, head_dim] at `positions` [n], k [num_kv_heads, head_dim, length] -> the shape of q."""
+    """Causal attention of n tokens of one sequence, in plain torch: [n, num_heads, value_dim].
+
+    q [n, num_heads, head_dim] at `positions` [n], k [num_kv_heads, head_dim, length] and
+    v [num_kv_heads, length, value_dim].
+    """
     count, num_heads, head_dim = q.shape
     num_kv_heads, _, length = k.shape
     grouped = q.transpose(0, 1).reshape(num_kv_heads, -1, head_dim)
@@ -145,4 +151,4 @@ def _attend(
         hidden |= distance <= -form.window
     weights = scores.masked_fill_(hidden, float("-inf")).softmax(-1).to(q.dtype)
     attended = weights.view(num_kv_heads, -1, length) @ v
-    return attended.view(num_heads, count, head_dim).transpose(0, 1)
+    return attended.view(num_heads, count, -1).transpose(0, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
@@ -20,6 +21,28 @@ from runtime.model.layers import (
     Weights,
 )
 from runtime.model.rope import alibi_slopes, cos_sin_table, log_n_table
+
+
+class CausalLM(Protocol):
+    """What the engine runs: `Decoder`, or a model of another kind with the same interface.
+
+    `capturable` says whether a decode step may be captured in a CUDA graph.
+    """
+
+    @property
+    def config(self) -> ModelConfig: ...
+    @property
+    def capturable(self) -> bool: ...
+    @property
+    def num_position_tables(self) -> int: ...
+
+    def position_base(self, num_prompt: int) -> int:
+        """See `Decoder.position_base`."""
+        ...
+
+    def forward(self, batch: PackedBatch, cache: Sequence[LayerCache]) -> torch.Tensor:
+        """See `Decoder.forward`."""
+        ...
 
 
 class DecoderLayer:
@@ -52,6 +75,8 @@ class DecoderLayer:
 
 class Decoder:
     """A model with its weights. `dtype` is what activations are computed in."""
+
+    capturable = True
 
     def __init__(self, config: ModelConfig, weights: Weights, max_model_len: int, dtype: torch.dtype) -> None:
         self.config = config

@@ -94,6 +94,18 @@ def make_plan(model: Model, tensors: dict[str, TensorInfo], rank: int = 0, world
     return Plan(tuple(planned), offset)
 
 
+def plan_all(tensors: dict[str, TensorInfo]) -> Plan:
+    """Plan to load every tensor whole, under its own name."""
+    planned = []
+    offset = 0
+    for name, tensor in tensors.items():
+        rows = tensor.shape[0] if tensor.shape else 1
+        piece = Piece(tensor, ((0, rows),), (0, math.prod(tensor.shape[1:])))
+        planned.append(PlannedParameter(name, (piece,), offset))
+        offset += -(-piece.num_bytes // ALIGNMENT) * ALIGNMENT
+    return Plan(tuple(planned), offset)
+
+
 def check_world_size(config: ModelConfig, world_size: int) -> None:
     """Refuse a tensor-parallel size that the model's heads or MLP do not divide by."""
     fits = [n for n in range(1, config.num_heads + 1) if _divides(config, n)]

@@ -28,6 +28,20 @@ class Model:
     config: ModelConfig
     parameters: tuple[Parameter, ...]
 
+    @property
+    def torch_dtype(self) -> str:
+        """The dtype that the checkpoint says it was saved in."""
+        return self.config.torch_dtype
+
+
+@dataclass(frozen=True)
+class ForeignModel:
+    """A model of an architecture that has no family here."""
+
+    directory: Path
+    architecture: str
+    torch_dtype: str
+
 
 _Reader = Callable[[RawConfig], ModelConfig]
 _Layout = Callable[[ModelConfig], Iterable[Parameter]]
@@ -38,14 +52,11 @@ _FAMILIES: dict[str, tuple[_Reader, _Layout]] = {
 }
 
 
-def read_model(directory: Path) -> Model:
+def read_model(directory: Path) -> Model | ForeignModel:
     """Describe the model in a folder from its config.json. Raises `ConfigError`."""
     raw = RawConfig(directory / "config.json")
     if raw.architecture not in _FAMILIES:
-        raise ConfigError(
-            f"{raw.path}: architecture {raw.architecture!r} is not supported; "
-            f"supported are {', '.join(sorted(_FAMILIES))}."
-        )
+        return ForeignModel(directory, raw.architecture, raw.torch_dtype)
     read_config, parameters = _FAMILIES[raw.architecture]
     config = read_config(raw)
     if config.num_heads % config.num_kv_heads:
