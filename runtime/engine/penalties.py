@@ -8,20 +8,24 @@ from runtime.engine.sequence import Sequence
 
 
 class PenaltyState:
-    """Which tokens a sequence has seen and made, kept up to date one token at a time."""
+    """The distinct tokens of a sequence, and how often it has generated each; kept up to date as it grows."""
 
-    def __init__(self, sequence: Sequence, vocab_size: int, device: torch.device) -> None:
-        self.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-        self.counts = torch.zeros(vocab_size, device=device)
-        self.num_tokens = sequence.num_prompt
-        self.seen[torch.tensor(sequence.token_ids[: sequence.num_prompt], device=device)] = True
+    def __init__(self, sequence: Sequence, vocab_size: int) -> None:
+        distinct = dict.fromkeys(sequence.token_ids[: sequence.num_prompt])
+        self._places = {token_id: place for place, token_id in enumerate(distinct)}
+        self._token_ids = torch.empty(vocab_size, dtype=torch.int64)  # memory is taken as it is filled
+        self._token_ids[: len(distinct)] = torch.tensor(list(distinct))
+        self._counts = torch.zeros(vocab_size)
+        self._num_tokens = sequence.num_prompt
 
-    def catch_up(self, sequence: Sequence) -> None:
-        """Count the tokens generated since the last call."""
-        for token_id in sequence.token_ids[self.num_tokens :]:
-            self.seen[token_id] = True
-            self.counts[token_id] += 1
-        self.num_tokens = sequence.num_tokens
+    def catch_up(self, sequence: Sequence) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids [n] of the tokens in prompt and output, and their counts [n] in the output alone."""
+        for token_id in sequence.token_ids[self._num_tokens :]:
+            place = self._places.setdefault(token_id, len(self._places))
+            self._token_ids[place] = token_id
+            self._counts[place] += 1
+        self._num_tokens = len(sequence.token_ids)
+        return self._token_ids[: len(self._places)], self._counts[: len(self._places)]
 
 
 def needs_adjustment(sequence: Sequence) -> bool:
@@ -48,15 +52,13 @@ def adjust(logits: torch.Tensor, sequence: Sequence) -> None:
     )  # fmt: skip
     if repetition != 1.0 or presence or frequency:
         if sequence.penalties is None:
-            sequence.penalties = PenaltyState(sequence, logits.shape[0], logits.device)
-        state = sequence.penalties
-        state.catch_up(sequence)
-        if repetition != 1.0:
-            penalised = torch.where(logits > 0, logits / repetition, logits * repetition)
-            logits.copy_(torch.where(state.seen, penalised, logits))
-        logits -= state.counts * frequency + (state.counts > 0) * presence
+            sequence.penalties = PenaltyState(sequence, logits.shape[0])
+        token_ids, counts = sequence.penalties.catch_up(sequence)
+        seen = logits[token_ids]
+        seen = torch.where(seen > 0, seen / repetition, seen * repetition)
+        logits[token_ids] = seen - counts * frequency - (counts > 0) * presence
     if sampling.logit_bias:
-        ids = torch.tensor(list(sampling.logit_bias), device=logits.device)
-        logits[ids] += torch.tensor(list(sampling.logit_bias.values()), device=logits.device)
+        ids = torch.tensor(list(sampling.logit_bias))
+        logits[ids] += torch.tensor(list(sampling.logit_bias.values()))
     if sequence.num_generated < sampling.min_tokens and sequence.stop_token_ids:
-        logits[torch.tensor(sorted(sequence.stop_token_ids), device=logits.device)] = -torch.inf
+        logits[torch.tensor(sorted(sequence.stop_token_ids))] = -torch.inf
