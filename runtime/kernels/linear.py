@@ -92,10 +92,10 @@ def _gemv(x: torch.Tensor, weights: LinearWeights, dtype: torch.dtype) -> torch.
 
 def silu_linear(x: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
     """silu(gate) * up, both projections of x [m, in_features] fused in `weights` -> [m, out_features / 2]."""
-    if weights.suits_gemv and 0 < x.shape[0] <= _MAX_GEMV_ROWS:
+    if weights.suits_gemv and x.shape[0] == 1:
         from runtime.kernels.gpu.gemv import gemv
 
-        out = x.new_empty((x.shape[0], weights.out_features // 2))
+        out = x.new_empty((1, weights.out_features // 2))
         return gemv(x, weights.weights[0], out, weights.biases[0], silu_mul=True)
     return silu_mul(linear(x, weights))
 

@@ -52,8 +52,9 @@ def test_activation(activate, twin, num_tokens: int, inner: int) -> None:
     out = activate(gate_up, torch.empty(num_tokens, inner, device="cuda", dtype=torch.bfloat16))
 
     expected = twin(gate_up, torch.empty_like(out))
-    # Where the gate all but closes, 1 + tanh cancels: two units in the last place of 1, times inputs of 5.
-    torch.testing.assert_close(out, expected, rtol=ULP, atol=5 * 2**-22)
+    # Where the gate all but closes, 1 + tanh cancels: what is left is a unit in the last place of 1, times
+    # half the gate (about 8 there) and the other input (up to 25).
+    torch.testing.assert_close(out, expected, rtol=ULP, atol=100 * 2**-23)
 
 
 @pytest.mark.parametrize("num_tokens", TOKENS)
