@@ -14,7 +14,8 @@ from runtime.engine.scheduler import Scheduler
 from runtime.engine.step import Runner
 from runtime.errors import FirstlightError
 from runtime.kernels import native
-from runtime.model.config import ModelConfig
+from runtime.kernels.dequantize import dequantize_all
+from runtime.model.config import ModelConfig, Quantization
 from runtime.model.decoder import CausalLM, Decoder
 from runtime.model.families import ForeignModel, Model
 from runtime.protocol import EngineConfig, SamplingParams, Submit
@@ -82,7 +83,12 @@ def _load(
 ) -> tuple[ModelConfig, Callable[[int], CausalLM]]:
     """The model's shape with its weights in place, and what makes its decoder for a max_model_len."""
     if isinstance(model, Model):
-        shape, placed = model.config, _placed(weights(), device, dtype)
+        shape, held = model.config, weights()
+        _check_quantization(config.model.quantization, shape.quantization)
+        if shape.quantization is not None:
+            # On a CPU they keep the width of their scales.
+            held = dequantize_all(held, shape.quantization, None if device.type == "cpu" else dtype)
+        placed = _placed(held, device, dtype)
         return shape, lambda max_model_len: Decoder(shape, placed, max_model_len, dtype)
     if config.world_size > 1:
         raise SettingError(
@@ -93,6 +99,17 @@ def _load(
 
     decoder = FallbackDecoder(model.directory, model.architecture, device, dtype)
     return decoder.config, lambda max_model_len: decoder
+
+
+def _check_quantization(asked: str | None, found: Quantization | None) -> None:
+    """Weights are as the checkpoint has them; naming that is allowed, asking for another is not."""
+    method = None if found is None else found.method
+    # Users of vLLM name the kernel along with the method.
+    if asked is not None and asked.removesuffix("_marlin") != method:
+        raise SettingError(
+            f"--quantization {asked} does not fit this checkpoint, whose config.json says "
+            f"{method or 'that it is not quantised'}; leave the flag out."
+        )
 
 
 def _device(device_type: str) -> torch.device:

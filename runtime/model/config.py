@@ -53,6 +53,22 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
+class Quantization:
+    """How linear layers are quantised; the formats are described in `quantization.py`.
+
+    group_size   how many inputs share a scale, -1 for all
+    in_order     whether groups are runs of neighbouring inputs (without GPTQ's desc_act)
+    zero_offset  what is to be added to stored zero points
+    """
+
+    method: Literal["gptq", "awq"]
+    bits: int
+    group_size: int
+    in_order: bool
+    zero_offset: int
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """One decoder-only transformer. Sizes are per model, not per rank.
 
@@ -99,42 +115,58 @@ class ModelConfig:
     embedding_multiplier: float = 1.0
     normalized_head: bool = False
     logits_softcap: float = 0.0
+    quantization: Quantization | None = None
 
 
 class RawConfig:
     """A config.json being read: every look-up checks presence and type and says what is wrong."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, values: dict[str, Any], key: str | None = None) -> None:
         self.path = path
+        self.values = values
+        # What errors name.
+        self.where = str(path) if key is None else f"{path}: {key}"
+
+    @classmethod
+    def read(cls, path: Path) -> RawConfig:
+        """Read a file that holds a JSON object."""
         try:
-            self.values: dict[str, Any] = json.loads(path.read_text())
+            values = json.loads(path.read_text())
         except FileNotFoundError:
             raise ConfigError(f"{path} is missing: a model folder needs its config.json.") from None
         except (ValueError, OSError) as error:
             raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
-        if not isinstance(self.values, dict):
+        if not isinstance(values, dict):
             raise ConfigError(f"{path} must hold a JSON object.")
+        return cls(path, values)
+
+    def section(self, key: str) -> RawConfig | None:
+        """The object under a key; None where there is none or null."""
+        values = self.values.get(key)
+        if values is not None and not isinstance(values, dict):
+            raise ConfigError(f"{self.where}: {key} must be an object or null, not {values!r}.")
+        return None if values is None else RawConfig(self.path, values, key)
 
     def get_int(self, key: str, default: int | None = None) -> int:
         """A positive integer."""
         value = self.values.get(key)
         value = default if value is None else value
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{self.path}: {key} must be a positive integer, not {value!r}.")
+            raise ConfigError(f"{self.where}: {key} must be a positive integer, not {value!r}.")
         return value
 
     def get_float(self, key: str, default: float) -> float:
         """A number above zero."""
         value = self.values.get(key, default)
         if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-            raise ConfigError(f"{self.path}: {key} must be a number above zero, not {value!r}.")
+            raise ConfigError(f"{self.where}: {key} must be a number above zero, not {value!r}.")
         return float(value)
 
     def get_bool(self, key: str, default: bool) -> bool:
         """true or false."""
         value = self.values.get(key, default)
         if not isinstance(value, bool):
-            raise ConfigError(f"{self.path}: {key} must be true or false, not {value!r}.")
+            raise ConfigError(f"{self.where}: {key} must be true or false, not {value!r}.")
         return value
 
     def get_optional_int(self, key: str, default: int | None = None) -> int | None:
@@ -149,7 +181,7 @@ class RawConfig:
         """The MLP's activation."""
         name = self.values.get(key) or default
         if name not in _ACTIVATIONS:
-            raise ConfigError(f"{self.path}: {key} {name!r} is not supported ({', '.join(_ACTIVATIONS)}).")
+            raise ConfigError(f"{self.where}: {key} {name!r} is not supported ({', '.join(_ACTIVATIONS)}).")
         return _ACTIVATIONS[name]
 
     def get_windows(self, window: int | None, windowed: Sequence[bool]) -> tuple[int, ...]:
@@ -162,7 +194,7 @@ class RawConfig:
                 or not set(types) <= {"full_attention", "sliding_attention"}
             ):
                 raise ConfigError(
-                    f"{self.path}: layer_types must say full_attention or sliding_attention "
+                    f"{self.where}: layer_types must say full_attention or sliding_attention "
                     f"for each of {len(windowed)} layers."
                 )
             windowed = [kind == "sliding_attention" for kind in types]
@@ -174,7 +206,7 @@ class RawConfig:
         """Refuse a key that, if there, is not one of the values that this runtime knows."""
         if key in self.values and self.values[key] not in supported:
             raise ConfigError(
-                f"{self.path}: {key} {self.values[key]!r} is not supported "
+                f"{self.where}: {key} {self.values[key]!r} is not supported "
                 f"({', '.join(json.dumps(value) for value in supported)})."
             )
 
@@ -184,7 +216,7 @@ class RawConfig:
         names = self.values.get("architectures")
         if not isinstance(names, list) or not names or not isinstance(names[0], str):
             raise ConfigError(
-                f"{self.path}: `architectures` must name the model class, e.g. LlamaForCausalLM."
+                f"{self.where}: `architectures` must name the model class, e.g. LlamaForCausalLM."
             )
         return names[0]
 
@@ -199,7 +231,7 @@ class RawConfig:
         key = "rope_parameters" if self.values.get("rope_parameters") is not None else "rope_scaling"
         settings = self.values.get(key) or {}
         if not isinstance(settings, dict):
-            raise ConfigError(f"{self.path}: {key} must be an object or null, not {settings!r}.")
+            raise ConfigError(f"{self.where}: {key} must be an object or null, not {settings!r}.")
         return self.rope_from(settings, key, head_dim, default_theta)
 
     def rope_from(
@@ -213,7 +245,7 @@ class RawConfig:
         kind = settings.get("rope_type") or settings.get("type") or "default"
         if kind not in _ROPE_TYPES:
             raise ConfigError(
-                f"{self.path}: rope scaling of type {kind!r} is not supported ({', '.join(_ROPE_TYPES)})."
+                f"{self.where}: rope scaling of type {kind!r} is not supported ({', '.join(_ROPE_TYPES)})."
             )
         if kind == "yarn":
             trained = self.get_int("max_position_embeddings")
@@ -221,7 +253,7 @@ class RawConfig:
         for name in _ROPE_TYPES[kind]:
             value = settings.get(name)
             if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-                raise ConfigError(f"{self.path}: {key} must have {name}, a number above zero.")
+                raise ConfigError(f"{self.where}: {key} must have {name}, a number above zero.")
         beside = {
             name: self.values[name]
             for name in ("rope_theta", "partial_rotary_factor")
@@ -233,7 +265,7 @@ class RawConfig:
         )
         if not all(isinstance(value, int | float) and value > 0 for value in (theta, share)):
             raise ConfigError(
-                f"{self.path}: rope_theta and partial_rotary_factor must be numbers above zero."
+                f"{self.where}: rope_theta and partial_rotary_factor must be numbers above zero."
             )
         rotary_dim = int(head_dim * share)
         return RopeConfig(float(theta), rotary_dim, None if kind in ("default", "dynamic") else settings)

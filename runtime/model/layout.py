@@ -19,13 +19,17 @@ class Part:
     """What a parameter takes of one checkpoint tensor.
 
     `shape` is the shape that the whole tensor must have. `rows` are the ranges that are taken of it, one
-    after the other, None for all rows; `split` is how ranks share what is taken.
+    after the other, None for all rows; `split` is how ranks share what is taken. Where outputs lie along the
+    second axis, `output_axis` is 1, and `rows` and `split` mean its columns as they would mean rows.
+    `integers` says that the tensor holds int32, else floating point.
     """
 
     tensor: str
     shape: tuple[int, ...]
     split: Split = None
     rows: tuple[RowRange, ...] | None = None
+    output_axis: int = 0
+    integers: bool = False
 
 
 @dataclass(frozen=True)

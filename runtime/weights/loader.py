@@ -65,7 +65,9 @@ class MappedWeights:
     def _view(self, piece: Piece) -> torch.Tensor:
         import torch
 
-        dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+        dtypes = {
+            "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32,
+        }  # fmt: skip
         tensor = piece.tensor
         count = (tensor.stop - tensor.start) // tensor.item_bytes
         mapped = self._maps[tensor.file]

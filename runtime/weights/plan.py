@@ -15,11 +15,13 @@ from runtime.errors import FirstlightError
 from runtime.model.config import ModelConfig
 from runtime.model.families import Model
 from runtime.model.layout import Part, RowRange
+from runtime.model.quantization import spelled
 from runtime.weights.checkpoint import CheckpointError, TensorInfo
 
 # What the arena's parameters start at: a multiple that every device's widest loads are happy with.
 ALIGNMENT = 256
 FLOAT_DTYPES = ("F32", "F16", "BF16")
+INTEGER_DTYPES = ("I32",)
 
 
 class PlanError(FirstlightError):
@@ -51,11 +53,15 @@ class Piece:
 
 @dataclass(frozen=True)
 class PlannedParameter:
-    """One parameter on this rank: its pieces, one after the other from `offset` in the arena."""
+    """One parameter on this rank: its pieces, one after the other from `offset` in the arena.
+
+    `stacked` says that they are one tensor there, being rows of the same width.
+    """
 
     name: str
     pieces: tuple[Piece, ...]
     offset: int
+    stacked: bool = True
 
 
 @dataclass(frozen=True)
@@ -83,12 +89,18 @@ def make_plan(model: Model, tensors: dict[str, TensorInfo], rank: int = 0, world
     check_world_size(model.config, world_size)
     planned = []
     offset = 0
-    for parameter in model.parameters:
-        pieces = tuple(_piece(part, tensors, model.config, rank, world_size) for part in parameter.parts)
+    quantization = model.config.quantization
+    for parameter in (each for one in model.parameters for each in spelled(one, tensors, quantization)):
+        pieces = tuple(
+            piece
+            for part in parameter.parts
+            for piece in _pieces(part, tensors, model.config, rank, world_size)
+        )
         if len({piece.tensor.dtype for piece in pieces}) > 1:
             kinds = ", ".join(f"{piece.tensor.name}: {piece.tensor.dtype}" for piece in pieces)
             raise CheckpointError(f"Tensors that are computed together differ in dtype ({kinds}).")
-        planned.append(PlannedParameter(parameter.name, pieces, offset))
+        stacked = not any(part.output_axis or part.integers for part in parameter.parts)
+        planned.append(PlannedParameter(parameter.name, pieces, offset, stacked))
         size = sum(piece.num_bytes for piece in pieces)
         offset += -(-size // ALIGNMENT) * ALIGNMENT
     return Plan(tuple(planned), offset)
@@ -123,9 +135,33 @@ def _divides(config: ModelConfig, world_size: int) -> bool:
     return config.num_heads % world_size == 0 and config.intermediate_size % world_size == 0 and shares_kv
 
 
-def _piece(
+def _pieces(
     part: Part, tensors: dict[str, TensorInfo], config: ModelConfig, rank: int, world_size: int
-) -> Piece:
+) -> list[Piece]:
+    tensor = _checked(part, tensors)
+    outputs = part.rows or ((0, part.shape[part.output_axis]),)
+    count = sum(last - first for first, last in outputs)
+    inputs = math.prod(part.shape) // max(1, part.shape[part.output_axis])
+    share, wide = (0, count), (0, inputs)
+    match part.split:
+        case "columns":
+            wide = _share(part, inputs, rank, world_size)
+        case "rows" | "heads":
+            share = _share(part, count, rank, world_size)
+        case "kv_heads":
+            ranks = min(world_size, config.num_kv_heads)
+            share = _share(part, count, rank * ranks // world_size, ranks)
+        case "vocabulary":
+            step = -(-count // world_size)
+            share = min(rank * step, count), min((rank + 1) * step, count)
+    taken = tuple(_cut(outputs, *share))
+    if part.output_axis == 0:
+        return [Piece(tensor, taken, wide)]
+    return [Piece(tensor, (wide,), each) for each in taken]
+
+
+def _checked(part: Part, tensors: dict[str, TensorInfo]) -> TensorInfo:
+    """The part's tensor, which is as the config says."""
     tensor = tensors.get(part.tensor)
     if tensor is None:
         raise CheckpointError(
@@ -136,25 +172,12 @@ def _piece(
             f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)}; "
             f"config.json implies {list(part.shape)}."
         )
-    if tensor.dtype not in FLOAT_DTYPES:
+    dtypes = INTEGER_DTYPES if part.integers else FLOAT_DTYPES
+    if tensor.dtype not in dtypes:
         raise CheckpointError(
-            f"{tensor.file}: tensor {tensor.name} has dtype {tensor.dtype}; F32, F16 and BF16 are read."
+            f"{tensor.file}: tensor {tensor.name} has dtype {tensor.dtype}; {', '.join(dtypes)} can be read."
         )
-    taken = part.rows or ((0, part.shape[0]),)
-    rows, columns = sum(last - first for first, last in taken), math.prod(part.shape[1:])
-    share, wide = (0, rows), (0, columns)
-    match part.split:
-        case "columns":
-            wide = _share(columns, rank, world_size)
-        case "rows" | "heads":
-            share = _share(rows, rank, world_size)
-        case "kv_heads":
-            ranks = min(world_size, config.num_kv_heads)
-            share = _share(rows, rank * ranks // world_size, ranks)
-        case "vocabulary":
-            step = -(-rows // world_size)
-            share = min(rank * step, rows), min((rank + 1) * step, rows)
-    return Piece(tensor, tuple(_cut(taken, *share)), wide)
+    return tensor
 
 
 def _cut(ranges: Iterable[RowRange], start: int, stop: int) -> Iterator[RowRange]:
@@ -167,5 +190,10 @@ def _cut(ranges: Iterable[RowRange], start: int, stop: int) -> Iterator[RowRange
         at += last - first
 
 
-def _share(size: int, rank: int, world_size: int) -> tuple[int, int]:
+def _share(part: Part, size: int, rank: int, world_size: int) -> tuple[int, int]:
+    if size % world_size:
+        raise PlanError(
+            f"--tensor-parallel-size {world_size} does not fit this model: {size} rows or columns of "
+            f"{part.tensor} do not divide."
+        )
     return size * rank // world_size, size * (rank + 1) // world_size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from runtime.model.config import ConfigError, ModelConfig, RawConfig
@@ -19,6 +19,7 @@ from runtime.model.families import (
     qwen3,
 )
 from runtime.model.layout import Parameter
+from runtime.model.quantization import read_quantization
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,13 @@ _FAMILIES: dict[str, tuple[_Reader, _Layout]] = {
 
 def read_model(directory: Path) -> Model | ForeignModel:
     """Describe the model in a folder from its config.json. Raises `ConfigError`."""
-    raw = RawConfig(directory / "config.json")
+    raw = RawConfig.read(directory / "config.json")
     if raw.architecture not in _FAMILIES:
         return ForeignModel(directory, raw.architecture, raw.torch_dtype)
     read_config, parameters = _FAMILIES[raw.architecture]
-    config = read_config(raw)
+    config = replace(read_config(raw), quantization=read_quantization(raw))
     if config.num_heads % config.num_kv_heads:
         raise ConfigError(
-            f"{raw.path}: {config.num_heads} heads cannot share {config.num_kv_heads} key/value heads."
+            f"{raw.where}: {config.num_heads} heads cannot share {config.num_kv_heads} key/value heads."
         )
     return Model(config, tuple(parameters(config)))

@@ -17,7 +17,7 @@ def read_config(raw: RawConfig) -> ModelConfig:
     """Map the keys of a Gemma 3 text config.json."""
     by_layer_type = raw.values.pop("rope_parameters", None) or {}
     if not isinstance(by_layer_type, dict):
-        raise ConfigError(f"{raw.path}: rope_parameters must be an object or null, not {by_layer_type!r}.")
+        raise ConfigError(f"{raw.where}: rope_parameters must be an object or null, not {by_layer_type!r}.")
     config = gemma2.common_config(raw, "gemma3")
     every = raw.get_int("sliding_window_pattern", 6)
     windowed = [(index + 1) % every != 0 for index in range(config.num_layers)]

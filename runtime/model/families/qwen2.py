@@ -24,7 +24,7 @@ def windows(raw: RawConfig, num_layers: int) -> tuple[int, ...]:
         return ()
     first = raw.values.get("max_window_layers", 28)
     if not isinstance(first, int):
-        raise ConfigError(f"{raw.path}: max_window_layers must be an integer, not {first!r}.")
+        raise ConfigError(f"{raw.where}: max_window_layers must be an integer, not {first!r}.")
     return raw.get_windows(
         raw.get_optional_int("sliding_window", 4096), [index >= first for index in range(num_layers)]
     )
