@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime import marks
+from runtime.errors import FirstlightError
 from runtime.kernels import native
 from runtime.model.families import ForeignModel, Model, read_model
 from runtime.protocol import EngineConfig, Event, Progress, Ready
@@ -115,6 +116,12 @@ def _driver(required: bool) -> Driver | None:
 
 def start(config: EngineConfig, send: Callable[[Event], None]) -> tuple[Engine, Ready]:
     """Load the model and build its engine. Raises `FirstlightError` for what a person must mend."""
+    if config.world_size > 1:
+        # Before anything is fetched; one process alone would compute with its share of the weights.
+        raise FirstlightError(
+            f"--tensor-parallel-size {config.world_size}: this version computes on one device. If the model "
+            "fits on it, start with --tensor-parallel-size 1."
+        )
     preparation = Preparation(config, send)
     preparation.start()
 
