@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from runtime.engine.host_decode import DecodeTapes
 from runtime.engine.sampler import sample, token_logprobs
 from runtime.engine.scheduler import Scheduled
 from runtime.engine.sequence import Sequence
@@ -46,12 +47,15 @@ class HostRunner:
             LayerCache(torch.empty(keys, dtype=dtype), torch.empty(values, dtype=dtype))
             for _ in range(config.num_layers)
         ]
+        self._tapes = DecodeTapes(decoder, self.cache, num_blocks, block_size)
         self.tile = query_tile(config.num_heads, config.num_kv_heads, config.head_dim, block_size) or 1
 
     @torch.inference_mode()
     def launch(self, scheduled: Rows[Scheduled]) -> _Done:
         """Compute what is scheduled; see `Runner.launch`."""
-        logits = self.decoder.forward(self._pack(scheduled), self.cache)
+        logits = self._tapes.logits(scheduled)
+        if logits is None:
+            logits = self.decoder.forward(self._pack(scheduled), self.cache)
         result = StepResult()
         rows: list[int] = []
         at = 0

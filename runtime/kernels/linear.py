@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from runtime.kernels import native
 from runtime.kernels.activation import silu_mul
 
-_NATIVE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+# As `cpu/weights.h` numbers them.
+NATIVE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _MAX_NATIVE_PARTS = 3
 # Up to here our own kernel reads a GPU's weights faster than the vendor's library does.
 _MAX_GEMV_ROWS = 8
@@ -32,7 +33,7 @@ class LinearWeights:
         self.in_features = self.weights[0].shape[1]
         self.suits_gemv = self._is_one_narrow_matrix
         self.lib = native.library() if self._suits_native() else None
-        self.type = _NATIVE_TYPES.get(self.weights[0].dtype, -1)
+        self.type = NATIVE_TYPES.get(self.weights[0].dtype, -1)
         parts = [
             native.Part(
                 weight.data_ptr(),
@@ -55,7 +56,7 @@ class LinearWeights:
         return (
             len(self.weights) <= _MAX_NATIVE_PARTS
             and all(
-                w.device.type == "cpu" and w.dtype in _NATIVE_TYPES and w.stride(1) == 1 for w in self.weights
+                w.device.type == "cpu" and w.dtype in NATIVE_TYPES and w.stride(1) == 1 for w in self.weights
             )
             and all(bias is None or bias.dtype == torch.float32 for bias in self.biases)
         )

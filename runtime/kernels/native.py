@@ -40,17 +40,19 @@ _GENERATIONS = {
 _pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _SIGNATURES: dict[str, list[type]] = {
     "start_threads": [_int],
+    "embedding": [_pointer, _long, _pointer, _long, _int, _long, _float, _pointer],
     "linear": [_pointer, _long, _long, _pointer, _long, _int, _int, _pointer],
     "add_rms_norm": [_pointer, _pointer, _pointer, _float, _long, _long, _pointer],
     "silu_mul": [_pointer, _long, _long, _pointer],
     "rotary_store": [_pointer] * 6 + [_long] * 6,
     "attention_tile": [_long] * 3,
     "attention": [_pointer] * 5 + [_long] + [_pointer] * 3 + [_long] * 5 + [_float],
+    "play": [_pointer, _long],
 }
 
 
 class Part(ctypes.Structure):
-    """One stretch of rows of a linear layer's weights, as `cpu/linear.c` takes it."""
+    """One stretch of rows of a linear layer's weights, as `cpu/kernels.h` describes it."""
 
     _fields_ = [("weight", _pointer), ("rows", _long), ("stride", _long), ("bias", _pointer)]
 

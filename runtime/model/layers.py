@@ -9,6 +9,7 @@ import torch
 from runtime.kernels.activation import gelu_tanh_mul
 from runtime.kernels.attention import AttentionForm, attention
 from runtime.kernels.batch import PackedBatch
+from runtime.kernels.embedding import embedding
 from runtime.kernels.linear import LinearWeights, linear, logits_of, silu_linear
 from runtime.kernels.norm import add_rms_norm, head_rms_norm
 from runtime.kernels.rotary import rotary_store
@@ -47,13 +48,7 @@ class Embedding:
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[T] -> [T, hidden_size]"""
-        if self.table.device.type == "cuda":
-            from runtime.kernels.gpu.embedding import embedding
-
-            out = self.table.new_empty((token_ids.shape[0], self.table.shape[1]), dtype=self.dtype)
-            return embedding(token_ids, self.table, out, scale=self.multiplier)
-        rows = self.table.index_select(0, token_ids).to(self.dtype)
-        return rows if self.multiplier == 1.0 else rows * self.multiplier
+        return embedding(token_ids, self.table, self.dtype, self.multiplier)
 
 
 class RMSNorm:

@@ -1,4 +1,5 @@
 /* The gated activation of the MLP. */
+#include "kernels.h"
 #include "vectors.h"
 
 #include <math.h>
@@ -24,8 +25,7 @@ static void silu_mul_chunk(const void *arg, long chunk) {
     }
 }
 
-/* out[m, n] = silu(x[:, :n]) * x[:, n:] */
-EXPORT void silu_mul(const float *x, long m, long n, float *out) {
+void silu_mul(const float *x, long m, long n, float *out) {
     gated_t job = {.x = x, .m = m, .n = n, .out = out};
     parallel(silu_mul_chunk, &job, (m + ROWS_PER_CHUNK - 1) / ROWS_PER_CHUNK);
 }

@@ -2,10 +2,10 @@
  *
  * A work item is one kv head of up to Q_TILE neighbouring queries of one sequence; its rows are those queries
  * times the heads that share the kv head. Softmax runs online over blocks of keys (their layout: rotary.c). */
+#include "kernels.h"
 #include "vectors.h"
 
 #include <math.h>
-#include <stdint.h>
 #include <string.h>
 
 #define Q_TILE 8
@@ -116,14 +116,13 @@ static void attention_chunk(const void *arg, long chunk) {
     }
 }
 
-/* How many neighbouring queries one work item may hold for this many heads a kv head; 0: not supported. */
-EXPORT int attention_tile(long group, long head_dim, long block_size) {
+int attention_tile(long group, long head_dim, long block_size) {
     if (head_dim > MAX_DIM || head_dim % LANES || block_size > MAX_BLOCK || block_size % LANES || group > MAX_ROWS)
         return 0;
     return group * Q_TILE <= MAX_ROWS ? Q_TILE : (int)(MAX_ROWS / group);
 }
 
-EXPORT void attention(const float *qkv, const float *keys, const float *values, float *out, const int32_t *tables,
+void attention(const float *qkv, const float *keys, const float *values, float *out, const int32_t *tables,
                long table_stride, const int32_t *query_start, const int32_t *seq_lens, const int32_t *items,
                long num_items, long heads, long kv_heads, long head_dim, long block_size, float scale) {
     attention_t job = {.qkv = qkv, .keys = keys, .values = values, .out = out, .tables = tables,

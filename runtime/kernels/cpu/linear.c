@@ -4,6 +4,7 @@
  * so nothing is packed at start. Every path below adds up a row in the same order (lane by lane over K_BLOCK
  * elements, the lanes, the tail, then the blocks), so a row of y has the same bits whatever else is in the
  * batch. That order allows one accumulator a row; four rows at a time keep the processor busy all the same. */
+#include "kernels.h"
 #include "weights.h"
 
 #include <math.h>
@@ -13,12 +14,6 @@
 #define K_BLOCK 1024
 #define M_BLOCK 96
 #define STREAMED_ROWS 8 /* with more rows of x than this, weights are widened once for the whole block */
-
-typedef struct {
-    const void *weight;
-    long rows, stride; /* stride between rows, in elements */
-    const float *bias;
-} part_t;
 
 typedef struct {
     const float *x;
@@ -140,7 +135,7 @@ static void linear_chunk(const void *arg, long chunk) {
     }
 }
 
-EXPORT void linear(const float *x, long m, long k, float *y, long ldy, int type, int parts, const part_t *part) {
+void linear(const float *x, long m, long k, float *y, long ldy, int type, int parts, const part_t *part) {
     linear_t job = {.x = x, .y = y, .m = m, .k = k, .ldy = ldy, .type = type, .parts = parts};
     for (int p = 0; p < parts; p++) job.part[p] = part[p], job.n += part[p].rows;
     if (m == 0) return;

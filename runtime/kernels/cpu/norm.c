@@ -1,4 +1,5 @@
 /* RMSNorm, fused with the residual addition before it. */
+#include "kernels.h"
 #include "vectors.h"
 
 #include <math.h>
@@ -36,8 +37,7 @@ static void add_rms_norm_chunk(const void *arg, long chunk) {
     }
 }
 
-/* residual[m, n] += x (unless x is null); out = residual / rms(residual) * weight */
-EXPORT void add_rms_norm(const float *x, float *residual, const float *weight, float eps, long m, long n, float *out) {
+void add_rms_norm(const float *x, float *residual, const float *weight, float eps, long m, long n, float *out) {
     norm_t job = {.x = x, .residual = residual, .weight = weight, .eps = eps, .m = m, .n = n, .out = out};
     parallel(add_rms_norm_chunk, &job, (m + ROWS_PER_CHUNK - 1) / ROWS_PER_CHUNK);
 }

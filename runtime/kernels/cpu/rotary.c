@@ -2,9 +2,8 @@
  *
  * Keys are kept transposed within a block, [block, kv_head, head_dim, block_size], so that a query meets
  * neighbouring tokens in neighbouring lanes; values are [block, kv_head, block_size, head_dim]. */
-#include "threads.h"
+#include "kernels.h"
 
-#include <stdint.h>
 #include <string.h>
 
 typedef struct {
@@ -40,9 +39,8 @@ static void rotary_chunk(const void *arg, long chunk) {
     }
 }
 
-EXPORT void rotary_store(float *qkv, const float *cos_sin, const int64_t *positions, const int64_t *slots,
-                         float *keys, float *values, long m, long heads, long kv_heads, long head_dim,
-                         long rotary_dim, long block_size) {
+void rotary_store(float *qkv, const float *cos_sin, const int64_t *positions, const int64_t *slots, float *keys,
+                  float *values, long m, long heads, long kv_heads, long head_dim, long rotary_dim, long block_size) {
     rotary_t job = {.qkv = qkv, .keys = keys, .values = values, .cos_sin = cos_sin, .positions = positions,
                     .slots = slots, .m = m, .heads = heads, .kv_heads = kv_heads, .head_dim = head_dim,
                     .rotary_dim = rotary_dim, .block_size = block_size};

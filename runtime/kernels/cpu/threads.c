@@ -1,7 +1,7 @@
 /* A job is a number of chunks. Each thread has a stretch of neighbouring chunks, so that it reads memory in order;
  * who is through with its own helps with the others'. The caller waits for chunks that were taken, never for a
  * thread that the machine has not scheduled yet, so a busy neighbour costs its share of the time and no more. */
-#include "threads.h"
+#include "kernels.h"
 
 #include <limits.h>
 #include <linux/futex.h>
@@ -9,7 +9,6 @@
 #include <sched.h>
 #include <stdatomic.h>
 #include <stddef.h>
-#include <stdint.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -95,8 +94,7 @@ void parallel(chunk_fn fn, const void *job, long chunks) {
 
 long num_threads(void) { return num_workers + 1; }
 
-/* Start threads - 1 workers; called once, before any kernel. */
-EXPORT void start_threads(int threads) {
+void start_threads(int threads) {
     for (; num_workers < threads - 1 && num_workers < MAX_THREADS - 1; num_workers++) {
         pthread_t thread;
         if (pthread_create(&thread, NULL, worker, (void *)(intptr_t)(num_workers + 1))) break;
