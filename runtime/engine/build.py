@@ -15,7 +15,8 @@ from runtime.engine.step import Runner
 from runtime.errors import FirstlightError
 from runtime.kernels import native
 from runtime.kernels.dequantize import dequantize_all
-from runtime.model.config import ModelConfig, Quantization
+from runtime.kernels.quantization import Quantization
+from runtime.model.config import ModelConfig
 from runtime.model.decoder import CausalLM, Decoder
 from runtime.model.families import ForeignModel, Model
 from runtime.protocol import EngineConfig, SamplingParams, Submit
@@ -90,11 +91,6 @@ def _load(
             held = dequantize_all(held, shape.quantization, None if device.type == "cpu" else dtype)
         placed = _placed(held, device, dtype)
         return shape, lambda max_model_len: Decoder(shape, placed, max_model_len, dtype)
-    if config.world_size > 1:
-        raise SettingError(
-            f"--tensor-parallel-size {config.world_size} is not available for {model.architecture}, which "
-            "runs through transformers' own class: use 1."
-        )
     from runtime.model.fallback import FallbackDecoder
 
     decoder = FallbackDecoder(model.directory, model.architecture, device, dtype)

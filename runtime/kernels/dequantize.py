@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from runtime.errors import FirstlightError
-from runtime.model.config import Quantization
+from runtime.kernels.quantization import Quantization
 
 Weights = Mapping[str, tuple[torch.Tensor, ...]]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from runtime.errors import FirstlightError
+from runtime.kernels.quantization import Quantization
 
 Activation = Literal["silu", "gelu_tanh"]
 # As config.json spells them.
@@ -50,22 +51,6 @@ class RopeConfig:
         if self.ntk_length is None:
             return 0
         return (-(-num_prompt // self.ntk_length) - 1).bit_length()
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """How linear layers are quantised; the formats are described in `quantization.py`.
-
-    group_size   how many inputs share a scale, -1 for all
-    in_order     whether groups are runs of neighbouring inputs (without GPTQ's desc_act)
-    zero_offset  what is to be added to stored zero points
-    """
-
-    method: Literal["gptq", "awq"]
-    bits: int
-    group_size: int
-    in_order: bool
-    zero_offset: int
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ import math
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 
-from runtime.model.config import ConfigError, Quantization, RawConfig
+from runtime.kernels.quantization import Quantization
+from runtime.model.config import ConfigError, RawConfig
 from runtime.model.layout import Parameter, Part, RowRange
 
 _BITS = {"gptq": (4, 8), "awq": (4,)}

@@ -98,11 +98,3 @@ def test_weights_that_are_missing_are_named(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(FirstlightError, match=r"lacks weights .* transformer\.h\.1\.ln_2\.weight"):
         make_engine(tmp_path)
-
-
-def test_several_ranks_are_refused(tmp_path: Path) -> None:
-    of_transformers("GPT2", tmp_path, **SERVED["GPT2"])
-    with pytest.raises(
-        FirstlightError, match="--tensor-parallel-size 2 is not available for GPT2LMHeadModel"
-    ):
-        make_engine(tmp_path, world_size=2)
