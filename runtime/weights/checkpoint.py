@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import FirstlightError
+from runtime.weights.gate import OPEN, Gate
 
 # The reference implementation refuses longer headers too.
 MAX_HEADER_BYTES = 100_000_000
@@ -57,11 +58,11 @@ class TensorInfo:
         return ITEM_BYTES[self.dtype]
 
 
-def read_checkpoint(directory: Path) -> dict[str, TensorInfo]:
+def read_checkpoint(directory: Path, gate: Gate = OPEN) -> dict[str, TensorInfo]:
     """All tensors of the model in `directory`, by name. Raises `CheckpointError`."""
     tensors: dict[str, TensorInfo] = {}
-    for file in _files(directory):
-        for tensor in _read_header(file):
+    for file in _files(directory, gate.names(directory)):
+        for tensor in _read_header(file, gate):
             if tensor.name in tensors:
                 raise CheckpointError(
                     f"Tensor {_quoted(tensor.name)} is in both {tensors[tensor.name].file} and {file}."
@@ -70,11 +71,12 @@ def read_checkpoint(directory: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _files(directory: Path) -> list[Path]:
+def _files(directory: Path, present: set[str]) -> list[Path]:
     index = directory / "model.safetensors.index.json"
-    if not index.exists():
+    if index.name not in present:
         single = directory / "model.safetensors"
-        files = [single] if single.exists() else sorted(directory.glob("*.safetensors"))
+        shards = sorted(directory / name for name in present if name.endswith(".safetensors"))
+        files = [single] if single.name in present else shards
         if not files:
             raise CheckpointError(
                 f"{directory} holds no safetensors file; weights are read from that format."
@@ -84,7 +86,6 @@ def _files(directory: Path) -> list[Path]:
         names = sorted(set(_parse_json(index.read_bytes())["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is not a safetensors index: {error!r}.") from error
-    present = set(os.listdir(directory))
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise CheckpointError(f"{index}: {_quoted(name)} is not a plain file name.")
@@ -95,10 +96,11 @@ def _files(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-def _read_header(file: Path) -> list[TensorInfo]:
+def _read_header(file: Path, gate: Gate) -> list[TensorInfo]:
     try:
-        with file.open("rb") as stream:
+        with os.fdopen(gate.open(file), "rb", buffering=0) as stream:
             size = os.fstat(stream.fileno()).st_size
+            gate.wait(file, 0, min(8, size))
             prefix = stream.read(8)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8:
@@ -109,7 +111,8 @@ def _read_header(file: Path) -> list[TensorInfo]:
                 raise CheckpointError(
                     f"{file}: the header claims {length} bytes of a file of {size}; it is damaged."
                 )
-            raw = stream.read(length)
+            gate.wait(file, 8, 8 + length)
+            raw = os.pread(stream.fileno(), length, 8)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
     try:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runtime.weights.gate import OPEN, Gate
 from runtime.weights.plan import Piece, Plan
 
 if TYPE_CHECKING:
@@ -27,11 +29,12 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 class MappedWeights:
     """The plan's files in memory. Constructing maps them; `load` brings their pages in."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, gate: Gate = OPEN) -> None:
         self.plan = plan
+        self._gate = gate
         self._maps: dict[Path, mmap.mmap] = {}
         for path in plan.files:
-            with path.open("rb") as file:
+            with os.fdopen(gate.open(path), "rb") as file:
                 # A private mapping counts as writable memory, which torch asks for, and nobody writes.
                 self._maps[path] = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=_PROTECTION)
 
@@ -43,14 +46,15 @@ class MappedWeights:
     def load(self, on_progress: Callable[[int], None]) -> None:
         """Touch every page, in file order; `on_progress` is told the bytes brought in so far.
 
-        The waiting happens in the kernel with Python's lock released.
+        The waiting happens in the kernel with Python's lock released. Raises what the gate raises.
         """
         done = 0
-        for mapped in self._maps.values():
+        for path, mapped in self._maps.items():
             address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
             _libc.madvise(address, len(mapped), mmap.MADV_WILLNEED)
             for start in range(0, len(mapped), _STRIDE):
                 length = min(_STRIDE, len(mapped) - start)
+                self._gate.wait(path, start, start + length)
                 _libc.madvise(address + start, length, _MADV_POPULATE_READ)
                 done += length
                 on_progress(done)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from runtime.model.layout import RowRange
 from runtime.weights.checkpoint import CheckpointError
 from runtime.weights.cuda_driver import Driver
+from runtime.weights.gate import OPEN, Gate
 from runtime.weights.plan import Piece, Plan, PlannedParameter
 
 if TYPE_CHECKING:
@@ -90,11 +91,12 @@ def _chunks(piece: Piece, rows: RowRange, offset: int, buffer_bytes: int) -> Ite
 class DeviceWeights:
     """The plan's weights in one arena on the device. Constructing allocates it; `load` fills it."""
 
-    def __init__(self, plan: Plan, driver: Driver) -> None:
+    def __init__(self, plan: Plan, driver: Driver, gate: Gate = OPEN) -> None:
         self.plan = plan
         self._driver = driver
+        self._gate = gate
         self.address = driver.allocate(max(1, plan.arena_bytes))
-        self._chunks = chunks_of(plan)
+        self._chunks: Iterator[Chunk] = iter(())
         self._lock = threading.Lock()
         self._done = 0
         self._error: Exception | None = None
@@ -105,10 +107,15 @@ class DeviceWeights:
         return self.plan.read_bytes
 
     def load(self, on_progress: Callable[[int], None]) -> None:
-        """Fill the arena; returns when every byte is on the device.
+        """Fill the arena; returns when every byte is on the device. May be called again.
 
-        `on_progress` is told the bytes done so far. Raises `CheckpointError` and `CudaError`.
+        `on_progress` is told the bytes done so far. Raises `CheckpointError`, `CudaError`, and what the
+        gate raises.
         """
+        self._done, self._error = 0, None
+        # The sort keeps the plan's order of what has the same turn.
+        due = sorted(chunks_of(self.plan), key=lambda chunk: self._gate.turn(chunk.file, chunk.start))
+        self._chunks = iter(due)
         readers = [
             threading.Thread(target=self._read, args=(on_progress,), name=f"upload-{n}", daemon=True)
             for n in range(NUM_READERS)
@@ -128,7 +135,8 @@ class DeviceWeights:
             try:
                 while (chunk := self._next()) is not None:
                     if chunk.file not in files:
-                        files[chunk.file] = os.open(chunk.file, os.O_RDONLY)
+                        files[chunk.file] = self._gate.open(chunk.file)
+                    self._gate.wait(chunk.file, chunk.start, chunk.start + chunk.num_bytes)
                     ring.send(files[chunk.file], chunk, self.address)
                     with self._lock:
                         self._done += chunk.num_bytes
