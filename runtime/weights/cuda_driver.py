@@ -39,14 +39,15 @@ class Driver:
             self._lib = ctypes.CDLL("libcuda.so.1")
         except OSError:
             raise CudaError("There is no CUDA driver (libcuda.so.1) on this machine.") from None
-        self._call("cuInit", 0)
+        self.call("cuInit", 0)
         device = c_int()
-        self._call("cuDeviceGet", byref(device), index)
+        self.call("cuDeviceGet", byref(device), index)
         self._context = c_void_p()
-        self._call("cuDevicePrimaryCtxRetain", byref(self._context), device)
+        self.call("cuDevicePrimaryCtxRetain", byref(self._context), device)
         self.enter()
 
-    def _call(self, name: str, *arguments: object) -> None:
+    def call(self, name: str, *arguments: object) -> None:
+        """Call a function of the driver. Raises `CudaError` with its words if it fails."""
         status = getattr(self._lib, name)(*arguments)
         if status:
             text = ctypes.c_char_p()
@@ -55,58 +56,58 @@ class Driver:
 
     def enter(self) -> None:
         """Make the context current in this thread; every thread that calls the driver needs this once."""
-        self._call("cuCtxSetCurrent", self._context)
+        self.call("cuCtxSetCurrent", self._context)
 
     def memory(self) -> tuple[int, int]:
         """Free and total bytes of the device."""
         free, total = c_size_t(), c_size_t()
-        self._call("cuMemGetInfo_v2", byref(free), byref(total))
+        self.call("cuMemGetInfo_v2", byref(free), byref(total))
         return free.value, total.value
 
     def allocate(self, num_bytes: int) -> int:
         """Device memory; returns its address."""
         address = c_uint64()
-        self._call("cuMemAlloc_v2", byref(address), c_size_t(num_bytes))
+        self.call("cuMemAlloc_v2", byref(address), c_size_t(num_bytes))
         return address.value
 
     def free(self, address: int) -> None:
         """Give back device memory from `allocate`."""
-        self._call("cuMemFree_v2", c_uint64(address))
+        self.call("cuMemFree_v2", c_uint64(address))
 
     def allocate_pinned(self, num_bytes: int) -> int:
         """Pinned host memory, which copies run from at full speed; returns its address."""
         address = c_void_p()
-        self._call("cuMemHostAlloc", byref(address), c_size_t(num_bytes), 0)
+        self.call("cuMemHostAlloc", byref(address), c_size_t(num_bytes), 0)
         assert address.value is not None
         return address.value
 
     def free_pinned(self, address: int) -> None:
         """Give back memory from `allocate_pinned`."""
-        self._call("cuMemFreeHost", c_void_p(address))
+        self.call("cuMemFreeHost", c_void_p(address))
 
     def stream(self) -> c_void_p:
         """A new stream that waits for no other."""
         stream = c_void_p()
-        self._call("cuStreamCreate", byref(stream), 1)
+        self.call("cuStreamCreate", byref(stream), 1)
         return stream
 
     def event(self) -> c_void_p:
         """A new event, to be recorded on a stream and waited for."""
         event = c_void_p()
-        self._call("cuEventCreate", byref(event), _EVENT_NO_TIMING)
+        self.call("cuEventCreate", byref(event), _EVENT_NO_TIMING)
         return event
 
     def record(self, event: c_void_p, stream: c_void_p) -> None:
         """Note the present end of the stream's work."""
-        self._call("cuEventRecord", event, stream)
+        self.call("cuEventRecord", event, stream)
 
     def wait(self, event: c_void_p) -> None:
         """Wait until what was noted is done; at once if nothing was."""
-        self._call("cuEventSynchronize", event)
+        self.call("cuEventSynchronize", event)
 
     def copy(self, target: int, source: int, num_bytes: int, stream: c_void_p) -> None:
         """Begin a copy from pinned memory to the device."""
-        self._call("cuMemcpyHtoDAsync_v2", c_uint64(target), c_void_p(source), c_size_t(num_bytes), stream)
+        self.call("cuMemcpyHtoDAsync_v2", c_uint64(target), c_void_p(source), c_size_t(num_bytes), stream)
 
     def copy_rows(
         self, target: int, source: int, width: int, rows: int, source_pitch: int, stream: c_void_p
@@ -117,4 +118,4 @@ class Driver:
             dst_type=_MEMORY_DEVICE, dst_device=target, dst_pitch=width,
             width=width, height=rows,
         )  # fmt: skip
-        self._call("cuMemcpy2DAsync_v2", byref(copy), stream)
+        self.call("cuMemcpy2DAsync_v2", byref(copy), stream)
