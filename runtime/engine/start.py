@@ -20,6 +20,7 @@ from runtime.protocol import EngineConfig, Event, Progress, Ready
 from runtime.weights import sources
 from runtime.weights.checkpoint import read_checkpoint
 from runtime.weights.cuda_driver import CudaError, Driver
+from runtime.weights.gate import OPEN, Gate
 from runtime.weights.loader import MappedWeights
 from runtime.weights.plan import Plan, make_plan, plan_all
 from runtime.weights.upload import DeviceWeights
@@ -43,6 +44,7 @@ class Preparation(threading.Thread):
         self.model: Model | ForeignModel
         self.plan: Plan
         self.weights: MappedWeights | DeviceWeights
+        self._arena: DeviceWeights | None = None
         self.device = "cpu"
 
     def run(self) -> None:
@@ -59,15 +61,43 @@ class Preparation(threading.Thread):
             raise self._error
 
     def _prepare(self) -> None:
-        directory = self._fetch()
+        model, cache_dir = self._config.model, Path(self._config.cache_dir)
+        directory = sources.locate(model, cache_dir)
+        if directory is None:
+            arrival = sources.arrive(model, cache_dir, self._fetched)
+            directory = arrival.directory
+            self.model = read_model(directory)
+            if not arrival.ended and self._loaded_as_it_comes(arrival):
+                return
+            arrival.settle()
         self.model = read_model(directory)
-        tensors = read_checkpoint(directory)
+        self._load(directory, OPEN)
+
+    def _loaded_as_it_comes(self, arrival: sources.Arrival) -> bool:
+        """Load while the model is being fetched; False if something wrong was loaded, and came again."""
+        try:
+            self._load(arrival.directory, arrival.gate)
+        except Exception:
+            # Bytes that were not verified yet may have been wrong; if not, the checkpoint itself is.
+            if arrival.settle():
+                raise
+        else:
+            if arrival.settle():
+                return True
+        if self._arena is not None:
+            self._arena.close()
+        return False
+
+    def _load(self, directory: Path, gate: Gate) -> None:
+        """Plan, and bring the weights into memory as the gate lets their bytes through."""
+        tensors = read_checkpoint(directory, gate)
         if isinstance(self.model, ForeignModel):
             self.plan = plan_all(tensors)
         else:
             self.plan = make_plan(self.model, tensors, self._config.rank, self._config.world_size)
         self._mark("plan")
-        self._send(Progress(phase="load", bytes_total=self.plan.read_bytes, directory=str(directory)))
+        if gate is OPEN:
+            self._send(Progress(phase="load", bytes_total=self.plan.read_bytes, directory=str(directory)))
         driver = None if self._config.device == "cpu" else _driver(required=self._config.device == "cuda")
         if driver is None:
             native.build()
@@ -75,24 +105,19 @@ class Preparation(threading.Thread):
             self._mark("device")
             self.device = "cuda"
         if driver is None or isinstance(self.model, ForeignModel):
-            self.weights = MappedWeights(self.plan)
+            self.weights = MappedWeights(self.plan, gate)
         else:
-            self.weights = DeviceWeights(self.plan, driver)
+            self.weights = self._arena = DeviceWeights(self.plan, driver, gate)
         self._mark("first_byte")
-        self.weights.load(lambda done: self._progress("load", done, self.weights.num_bytes))
+        self.weights.load(self._loaded if gate is OPEN else lambda done: None)
         self._mark("last_byte")
 
-    def _fetch(self) -> Path:
-        model, cache_dir = self._config.model, Path(self._config.cache_dir)
-        directory = sources.locate(model, cache_dir)
-        if directory is not None:
-            return directory
+    def _loaded(self, done: int) -> None:
+        self._progress("load", done, self.weights.num_bytes)
 
-        def on_progress(progress: sources.FetchProgress) -> None:
-            found = None if progress.directory is None else str(progress.directory)
-            self._progress("download", progress.bytes_done, progress.bytes_total, found)
-
-        return sources.fetch(model, cache_dir, on_progress)
+    def _fetched(self, progress: sources.FetchProgress) -> None:
+        found = None if progress.directory is None else str(progress.directory)
+        self._progress(progress.phase, progress.bytes_done, progress.bytes_total, found)
 
     def _progress(self, phase: str, done: int, total: int, directory: str | None = None) -> None:
         now = time.monotonic()

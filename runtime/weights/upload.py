@@ -152,6 +152,10 @@ class DeviceWeights:
         with self._lock:
             return None if self._error is not None else next(self._chunks, None)
 
+    def close(self) -> None:
+        """Give the arena back; no view of it may be used any more."""
+        self._driver.free(self.address)
+
     def tensors(self) -> dict[str, tuple[torch.Tensor, ...]]:
         """Each parameter as one view of the arena, or as one for each piece, in the checkpoint's dtype."""
         import torch

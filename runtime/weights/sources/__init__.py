@@ -1,7 +1,8 @@
 """Where a model's files come from: Hub, S3, local folder, wheel.
 
-`locate` says where a model's files are if they are all here; `fetch` brings what is missing. The
-clients of the sources are imported only when such a source is fetched from.
+`locate` says where a model's files are if they are all here; `fetch` brings what is missing, and `arrive`
+does so in a process of its own, whose files can be read while they come. The clients of the sources are
+imported only when such a source is fetched from.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.weights.sources import local
+from runtime.weights.sources.arrival import Arrival
 from runtime.weights.sources.errors import SourceError
 from runtime.weights.sources.progress import FetchProgress, ProgressBar
 from runtime.weights.sources.reference import Reference, parse_reference
@@ -18,7 +20,18 @@ from runtime.weights.sources.reference import Reference, parse_reference
 if TYPE_CHECKING:
     from runtime.catalogue import ModelSpec
 
-__all__ = ["FetchProgress", "ProgressBar", "Reference", "SourceError", "fetch", "locate", "parse_reference"]
+__all__ = [
+    "Arrival",
+    "FetchProgress",
+    "ProgressBar",
+    "Reference",
+    "SourceError",
+    "arrive",
+    "fetch",
+    "fetch_reference",
+    "locate",
+    "parse_reference",
+]
 
 
 def locate(spec: ModelSpec, cache_dir: Path) -> Path | None:
@@ -52,8 +65,16 @@ def fetch(
     it stopped; of several processes that fetch the same version, one downloads and the others wait.
     Raises SourceError, whose `kind` says which of the things that can go wrong did.
     """
-    reference = _reference(spec)
-    report = on_progress or (lambda progress: None)
+    return fetch_reference(_reference(spec), cache_dir, on_progress or (lambda progress: None))
+
+
+def arrive(spec: ModelSpec, cache_dir: Path, on_progress: Callable[[FetchProgress], None]) -> Arrival:
+    """Begin to bring what is missing of the model, in a process of its own."""
+    return Arrival(_reference(spec), cache_dir, on_progress)
+
+
+def fetch_reference(reference: Reference, cache_dir: Path, report: Callable[[FetchProgress], None]) -> Path:
+    """`fetch`, of a reference that says everything itself."""
     if reference.kind == "local":
         return local.fetch(reference)
     if reference.kind == "hub":

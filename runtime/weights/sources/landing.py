@@ -1,8 +1,9 @@
-"""Which bytes of a model's file have landed, for who wants them on before the whole file is there.
+"""Which bytes of a model's files have landed, for who wants them on before the whole files are there.
 
-    landing = Landing(progress.directory, "model.safetensors", stop)   # `directory` as `fetch` reports it
-    landing.wait_for(0, 8 << 20)
-    os.preadv(landing.descriptor, [buffer], 0)
+    landing = Landing(progress.directory, stop)             # `directory` as `fetch` reports it
+    descriptor = landing.open(directory / "model.safetensors")
+    landing.wait(directory / "model.safetensors", 0, 8 << 20)
+    os.preadv(descriptor, [buffer], 0)
     ...                                       # `fetch` returns, in the thread or process that it runs in
     landing.verified()                        # now what was read may be believed, or must be read again
 
@@ -19,65 +20,101 @@ from runtime.weights.sources.cache import partial_dir
 from runtime.weights.sources.journal import Records, read_manifest
 from runtime.weights.sources.partial import Stopped
 
-_POLL_S = 0.005
+_POLL_S = 0.003
 
 
 class Replaced(Exception):
-    """What was read of the file was not what it should hold: open it again, and read it again."""
+    """What was read of a file was not what it should hold: open it again, and read it again."""
 
 
 class Landing:
-    """One file while it comes, whichever process of this host fetches it. Safe to use from many threads.
+    """A model's files while they come, whichever process of this host fetches them; a `Gate`.
 
-    `descriptor` is open for reading, and stays valid when the file moves to its final place. Every wait
-    ends with Stopped once `stop` is set, as it should be when the `fetch` that is waited for fails.
+    Descriptors stay valid when files move to their final place. Every wait ends with Stopped once `stop`
+    is set, as it should be when the `fetch` that is waited for ends.
     """
 
-    def __init__(self, directory: Path, name: str, stop: threading.Event) -> None:
-        self._final = directory / name
-        self._partial = partial_dir(directory) / name
-        self._name = name
+    def __init__(self, directory: Path, stop: threading.Event) -> None:
+        self._directory = directory
+        self._partial = partial_dir(directory)
         self._stop = stop
         self._lock = threading.Lock()
         self._records: Records | None = None
-        self._index = 0
-        while (descriptor := _open(self._partial, self._final)) is None:
+        self._indices: dict[str, int] = {}
+        # The file behind every name that was opened, as the file system knows it.
+        self._opened: dict[str, tuple[int, int]] = {}
+
+    def names(self, directory: Path) -> set[str]:
+        """The names that the model's files have or will have in its directory."""
+        manifest = read_manifest(self._partial)
+        present = {path.name for path in directory.iterdir()}
+        return present if manifest is None else present.union(manifest.chosen)
+
+    def open(self, file: Path) -> int:
+        """A descriptor of the file, once that has its full size. Raises Replaced and Stopped."""
+        while (descriptor := self._try_open(file.name)) is None:
             self._pause()
-        self.descriptor = descriptor
+        found = _identity(os.fstat(descriptor))
+        with self._lock:
+            first = self._opened.setdefault(file.name, found)
+        if first != found:
+            os.close(descriptor)
+            raise Replaced
+        return descriptor
 
-    def close(self) -> None:
-        """Close the descriptor."""
-        os.close(self.descriptor)
-
-    def wait_for(self, start: int, end: int) -> None:
-        """Wait until the bytes [start, end) can be read. Raises Replaced and Stopped."""
-        while not self.verified():
-            landed = self._landed(start, end)
+    def wait(self, file: Path, start: int, stop: int) -> None:
+        """Wait until the bytes [start, stop) can be read. Raises Replaced and Stopped."""
+        while not self._in_place(file.name):
+            landed = self._landed(file.name, start, stop)
             # Looked at after the records: those of the file in whose place another came may say more.
-            if not any(self._is_at(path) for path in (self._partial, self._final)):
+            if not (self._is_at(self._partial, file.name) or self._in_place(file.name)):
                 raise Replaced
             if landed:
                 return
             self._pause()
 
-    def verified(self) -> bool:
-        """Whether what is read through the descriptor is the whole file, with the content it should have."""
-        return self._is_at(self._final)
+    def turn(self, file: Path, start: int) -> tuple[int, int]:
+        """All files come at once, each from its beginning on, as `transfer` orders it."""
+        return start, 0
 
-    def _landed(self, start: int, end: int) -> bool:
+    def verified(self) -> bool:
+        """Whether every file that was opened is whole and holds what it should."""
+        with self._lock:
+            return all(self._in_place(name) for name in self._opened)
+
+    def _try_open(self, name: str) -> int | None:
+        for folder in (self._partial, self._directory):
+            try:
+                descriptor = os.open(folder / name, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue
+            if folder == self._directory or os.fstat(descriptor).st_size == self._size(name):
+                return descriptor
+            os.close(descriptor)
+        return None
+
+    def _size(self, name: str) -> int | None:
+        manifest = read_manifest(self._partial)
+        sizes = {} if manifest is None else {listed.name: listed.size for listed in manifest.files}
+        return sizes.get(name)
+
+    def _landed(self, name: str, start: int, stop: int) -> bool:
         with self._lock:
             if self._records is None:
-                manifest = read_manifest(self._partial.parent)
+                manifest = read_manifest(self._partial)
                 if manifest is None:
                     return False
-                self._index = [file.name for file in manifest.files].index(self._name)
-                self._records = Records(self._partial.parent, len(manifest.files))
+                self._indices = {listed.name: i for i, listed in enumerate(manifest.files)}
+                self._records = Records(self._partial, len(manifest.files))
             self._records.read_on()
-            return not self._records.done[self._index].missing(start, end)
+            return not self._records.done[self._indices[name]].missing(start, stop)
 
-    def _is_at(self, path: Path) -> bool:
+    def _in_place(self, name: str) -> bool:
+        return self._is_at(self._directory, name)
+
+    def _is_at(self, folder: Path, name: str) -> bool:
         try:
-            return os.path.samestat(os.fstat(self.descriptor), path.stat())
+            return _identity((folder / name).stat()) == self._opened[name]
         except FileNotFoundError:
             return False
 
@@ -86,10 +123,5 @@ class Landing:
             raise Stopped
 
 
-def _open(*paths: Path) -> int | None:
-    for path in paths:
-        try:
-            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            continue
-    return None
+def _identity(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino

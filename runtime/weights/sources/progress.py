@@ -9,6 +9,8 @@ from typing import Literal, TextIO
 
 import msgspec
 
+Phase = Literal["download", "convert"]
+
 _REDRAW_S = 0.25
 _LINE_S = 10.0
 _BAR_CELLS = 24
@@ -24,7 +26,7 @@ class FetchProgress(msgspec.Struct, frozen=True, kw_only=True):
     bytes_done: int
     bytes_total: int
     directory: Path | None = None
-    phase: Literal["download", "convert"] = "download"
+    phase: Phase = "download"
 
 
 class ProgressBar:

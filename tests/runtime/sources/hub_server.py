@@ -64,9 +64,10 @@ class Fault:
     """What goes wrong with the next `times` requests whose path contains `match`.
 
     `status` answers with that status and `headers`; `cut_after` closes the connection after so many
-    bytes of the body, `reset_after` resets it; `corrupt` flips a bit; `ignore_range` answers 200 with the
-    whole file; `lie` is what a 206 answer gets wrong, see `lying_range`; `pause` is called after
-    `pause_after` bytes of the body, and the rest goes out when it returns.
+    bytes of the body, `reset_after` resets it; `corrupt` flips a bit of the byte `corrupt_at`;
+    `ignore_range` answers 200 with the whole file; `lie` is what a 206 answer gets wrong, see
+    `lying_range`; `pause` is called after `pause_after` bytes of the body, and the rest goes out when it
+    returns.
     """
 
     match: str
@@ -76,6 +77,7 @@ class Fault:
     cut_after: int | None = None
     reset_after: int | None = None
     corrupt: bool = False
+    corrupt_at: int = 0
     ignore_range: bool = False
     lie: Lie | None = None
     pause: Callable[[], object] | None = None
@@ -284,7 +286,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _content(self, content: bytes, headers: dict[str, str]) -> None:
         if self.fault and self.fault.corrupt:
-            content = bytes([content[0] ^ 1]) + content[1:]
+            at = self.fault.corrupt_at
+            content = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.record.range or "")
         if wanted is None or (self.fault and self.fault.ignore_range):
             self._send(200, content, headers)

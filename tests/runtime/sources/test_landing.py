@@ -8,7 +8,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from runtime.weights.sources import transfer as transfer_module
 from runtime.weights.sources.landing import Landing, Replaced
 from runtime.weights.sources.partial import Stopped
 from tests.runtime.sources.hub_server import HubServer
-from tests.runtime.sources.models import model_files, spec
+from tests.runtime.sources.models import NEEDED, model_files, spec
 
 SPEC = spec("hf://org/name")
 NAME = "model.safetensors"
@@ -69,22 +68,54 @@ class _Fetching:
         return self._directory
 
 
+class _Reader:
+    """The weights' file, read while it comes."""
+
+    def __init__(self, directory: Path, stop: threading.Event) -> None:
+        self.landing = Landing(directory, stop)
+        self._file = directory / NAME
+        self._descriptor = self.landing.open(self._file)
+
+    def __enter__(self) -> _Reader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        os.close(self._descriptor)
+
+    def read(self, start: int, stop: int) -> bytes:
+        """The bytes [start, stop), waited for."""
+        self.landing.wait(self._file, start, stop)
+        return os.pread(self._descriptor, stop - start, start)
+
+
 def test_bytes_can_be_read_as_soon_as_they_are_there(
     hub: HubServer, content: bytes, cache_dir: Path, stop: threading.Event
 ) -> None:
     released = threading.Event()
     hub.fail("/storage/", pause=lambda: released.wait(60), pause_after=SENT, times=4)
     fetching = _Fetching(cache_dir)
-    with closing(Landing(fetching.directory, NAME, stop)) as landing:
+    with _Reader(fetching.directory, stop) as reader:
         for start in range(0, SIZE, RANGE):
-            landing.wait_for(start, start + LANDED)
-            assert os.pread(landing.descriptor, LANDED, start) == content[start : start + LANDED]
-        assert not landing.verified()
+            assert reader.read(start, start + LANDED) == content[start : start + LANDED]
+        assert not reader.landing.verified()
         released.set()
-        landing.wait_for(0, SIZE)
+        assert reader.read(0, SIZE) == content
         fetching.result.result(30)
-        assert landing.verified()
-        assert os.pread(landing.descriptor, SIZE, 0) == content
+        assert reader.landing.verified()
+
+
+def test_the_names_are_known_before_the_files_are_there(
+    hub: HubServer, content: bytes, cache_dir: Path, stop: threading.Event
+) -> None:
+    released = threading.Event()
+    hub.fail("/storage/", pause=lambda: released.wait(60), times=4)
+    fetching = _Fetching(cache_dir)
+    landing = Landing(fetching.directory, stop)
+    assert landing.names(fetching.directory) >= NEEDED
+    assert not (fetching.directory / NAME).exists()
+    released.set()
+    fetching.result.result(30)
+    assert landing.names(fetching.directory) >= NEEDED
 
 
 def test_who_waits_for_a_fetch_that_fails_can_be_stopped(
@@ -93,11 +124,11 @@ def test_who_waits_for_a_fetch_that_fails_can_be_stopped(
     hub.fail("/storage/", cut_after=RANGE // 2, times=4)
     hub.fail("/storage/", status=500, times=1000)
     fetching = _Fetching(cache_dir)
-    with closing(Landing(fetching.directory, NAME, stop)) as landing:
+    with _Reader(fetching.directory, stop) as reader:
         fetching.result.add_done_callback(lambda done: stop.set())
         with pytest.raises(Stopped):
-            landing.wait_for(0, SIZE)
-        assert not landing.verified()
+            reader.read(0, SIZE)
+        assert not reader.landing.verified()
 
 
 def test_what_was_read_of_a_file_that_fails_verification_is_not_believed(
@@ -107,20 +138,20 @@ def test_what_was_read_of_a_file_that_fails_verification_is_not_believed(
     hub.fail("/storage/", corrupt=True, pause=lambda: read_wrong.wait(60), pause_after=SENT, times=4)
     hub.fail("/storage/", pause=lambda: released.wait(60), pause_after=SENT, times=4)
     fetching = _Fetching(cache_dir)
-    with closing(Landing(fetching.directory, NAME, stop)) as landing:
-        landing.wait_for(0, LANDED)
-        assert os.pread(landing.descriptor, LANDED, 0) != content[:LANDED]
+    with _Reader(fetching.directory, stop) as reader:
+        assert reader.read(0, LANDED) != content[:LANDED]
         read_wrong.set()
         with pytest.raises(Replaced):
-            while not landing.verified():
-                landing.wait_for(0, SIZE)
+            while not reader.landing.verified():
+                reader.read(0, SIZE)
+        with pytest.raises(Replaced):
+            reader.landing.open(fetching.directory / NAME)
         # It was read from once more, and what was read first is not what has become the model.
-        with closing(Landing(fetching.directory, NAME, stop)) as again:
+        with _Reader(fetching.directory, stop) as again:
             released.set()
-            again.wait_for(0, SIZE)
-            assert os.pread(again.descriptor, SIZE, 0) == content
+            assert again.read(0, SIZE) == content
             fetching.result.result(30)
-            assert (landing.verified(), again.verified()) == (False, True)
+            assert (reader.landing.verified(), again.landing.verified()) == (False, True)
 
 
 def test_another_process_may_fetch(
@@ -136,17 +167,16 @@ fetch(ModelSpec(id="model", source="hf://org/name"), Path(sys.argv[1]))
     with subprocess.Popen([sys.executable, "-c", script, str(cache_dir)]) as other:
         # This one finds the entry locked and reports how far the other is.
         fetching = _Fetching(cache_dir)
-        with closing(Landing(fetching.directory, NAME, stop)) as landing:
-            landing.wait_for(0, SIZE)
-            assert os.pread(landing.descriptor, SIZE, 0) == content
+        with _Reader(fetching.directory, stop) as reader:
+            assert reader.read(0, SIZE) == content
             fetching.result.result(30)
-            assert landing.verified()
+            assert reader.landing.verified()
     assert other.returncode == 0
 
 
 def test_a_file_that_is_there_needs_no_waiting(
     hub: HubServer, content: bytes, cache_dir: Path, stop: threading.Event
 ) -> None:
-    with closing(Landing(fetch(SPEC, cache_dir), NAME, stop)) as landing:
-        landing.wait_for(0, SIZE)
-        assert landing.verified()
+    with _Reader(fetch(SPEC, cache_dir), stop) as reader:
+        assert reader.read(0, SIZE) == content
+        assert reader.landing.verified()
