@@ -24,6 +24,7 @@ LEFT_BEHIND = ("firstlight.egg-info", "build", "dist", "__pycache__")
 ROOMS = [
     "runtime.errors",
     "runtime.marks",
+    "runtime.compiled",
     "runtime.yamlfile",
     "runtime.weights.sources",
     "runtime.catalogue",

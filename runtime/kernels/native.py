@@ -1,7 +1,6 @@
 """The compiled CPU kernels: `cpu/` built for this machine on first use, kept in the user's cache.
 
-There is no build step to forget and nothing to match against an interpreter: the library is plain C
-behind ctypes. Where no C compiler is found, `library()` is None and the plain-torch twins do the work.
+Where no C compiler is found, `library()` is None and the plain-torch twins do the work.
 
     python -m runtime.kernels.native          build it ahead of time, for this machine
     python -m runtime.kernels.native image    build it next to `cpu/`, once for each generation of
@@ -12,19 +11,20 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import os
 import platform
-import shutil
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-_SOURCES = Path(__file__).with_name("cpu")
-_MATH = ["-fno-math-errno", "-fno-trapping-math"]
-_FLAGS = ["-std=gnu11", "-O3", *_MATH, "-fPIC", "-fvisibility=hidden", "-Wno-psabi"]
-_LINK = ["-shared", "-pthread", "-lm"]
+from runtime.compiled import CannotCompile, Library
+
+_MATH = ("-fno-math-errno", "-fno-trapping-math")
+_LIBRARY = Library(
+    "cpu",
+    Path(__file__).with_name("cpu"),
+    flags=("-std=gnu11", "-O3", *_MATH, "-fPIC", "-fvisibility=hidden", "-Wno-psabi"),
+    link=("-shared", "-pthread", "-lm"),
+)
 
 # The generations that an image is built for, best first, and the features that a processor must have to
 # run them (https://gitlab.com/x86-psABIs/x86-64-ABI, "micro-architecture levels").
@@ -80,17 +80,16 @@ def build() -> Path | None:
     """The library for this processor: built earlier, or shipped with an image, or compiled now."""
     if os.environ.get("FIRSTLIGHT_CPU_KERNELS") == "torch" or sys.platform != "linux":
         return None
-    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "firstlight" / "kernels"
     features = _features()
-    target = directory / f"cpu-{_fingerprint('native', *sorted(features))}.so"
+    target = _LIBRARY.cached("native", *sorted(features))
     if target.exists():
         return target
     for march, needed in _generations().items():
-        if needed <= features and _shipped(march).exists():
-            return _shipped(march)
+        if needed <= features and _LIBRARY.shipped(march).exists():
+            return _LIBRARY.shipped(march)
     try:
-        _compile("native", target)
-    except _CannotCompile as error:
+        _LIBRARY.compile(target, "-march=native")
+    except CannotCompile as error:
         print(f"firstlight: {error}; the slower torch kernels are used on the CPU", file=sys.stderr)
         return None
     return target
@@ -98,39 +97,14 @@ def build() -> Path | None:
 
 def build_for_image() -> list[Path]:
     """Compile the kernels for each generation of this architecture's processors, next to their source."""
-    libraries = [_shipped(march) for march in _generations()]
+    libraries = [_LIBRARY.shipped(march) for march in _generations()]
     for march, target in zip(_generations(), libraries, strict=True):
-        _compile(march, target)
+        _LIBRARY.compile(target, f"-march={march}")
     return libraries
-
-
-class _CannotCompile(Exception):
-    """There is no C compiler, or it failed."""
-
-
-def _compile(march: str, target: Path) -> None:
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        raise _CannotCompile("no C compiler found")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            fresh = Path(scratch) / "cpu.so"
-            sources = [str(path) for path in sorted(_SOURCES.glob("*.c"))]
-            command = [compiler, *_FLAGS, f"-march={march}", *sources, "-o", str(fresh), *_LINK]
-            subprocess.run(command, check=True, capture_output=True, text=True)
-            fresh.replace(target)  # another process may have been faster: either file will do
-    except (OSError, subprocess.CalledProcessError) as error:
-        details = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
-        raise _CannotCompile(f"the CPU kernels could not be built ({details})") from error
 
 
 def _generations() -> dict[str, set[str]]:
     return _GENERATIONS.get(platform.machine(), {})
-
-
-def _shipped(march: str) -> Path:
-    return _SOURCES.with_name(f"cpu-{march}-{_fingerprint(march)}.so")
 
 
 def _features() -> set[str]:
@@ -140,14 +114,6 @@ def _features() -> set[str]:
             if line.startswith(("flags", "Features")):
                 return set(line.partition(":")[2].split())
     return set()
-
-
-def _fingerprint(*target: str) -> str:
-    """What a build depends on: the source, how it is compiled, and what for."""
-    digest = hashlib.sha256(" ".join([platform.machine(), *_FLAGS, *_LINK, *target]).encode())
-    for path in sorted(_SOURCES.glob("*.[ch]")):
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 if __name__ == "__main__":

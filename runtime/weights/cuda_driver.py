@@ -42,21 +42,25 @@ class Driver:
         self.call("cuInit", 0)
         device = c_int()
         self.call("cuDeviceGet", byref(device), index)
-        self._context = c_void_p()
-        self.call("cuDevicePrimaryCtxRetain", byref(self._context), device)
+        self.context = c_void_p()
+        self.call("cuDevicePrimaryCtxRetain", byref(self.context), device)
         self.enter()
 
     def call(self, name: str, *arguments: object) -> None:
         """Call a function of the driver. Raises `CudaError` with its words if it fails."""
         status = getattr(self._lib, name)(*arguments)
         if status:
-            text = ctypes.c_char_p()
-            self._lib.cuGetErrorString(status, byref(text))
-            raise CudaError(f"The CUDA driver failed in {name}: {(text.value or b'?').decode()} ({status}).")
+            raise self.error(name, status)
+
+    def error(self, name: str, status: int) -> CudaError:
+        """What the driver says about a function of its that failed with `status`."""
+        text = ctypes.c_char_p()
+        self._lib.cuGetErrorString(status, byref(text))
+        return CudaError(f"The CUDA driver failed in {name}: {(text.value or b'?').decode()} ({status}).")
 
     def enter(self) -> None:
         """Make the context current in this thread; every thread that calls the driver needs this once."""
-        self.call("cuCtxSetCurrent", self._context)
+        self.call("cuCtxSetCurrent", self.context)
 
     def memory(self) -> tuple[int, int]:
         """Free and total bytes of the device."""

@@ -13,7 +13,7 @@ from runtime.model.families import read_model
 from runtime.weights.checkpoint import read_checkpoint
 from runtime.weights.loader import MappedWeights
 from runtime.weights.plan import Plan, make_plan
-from runtime.weights.upload import chunks_of
+from runtime.weights.chunks import chunks_of
 from tests.runtime.model.checkpoints import CASES
 from tests.runtime.model.references import baichuan, chatglm, internlm2
 

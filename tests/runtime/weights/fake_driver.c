@@ -1,0 +1,81 @@
+/* A CUDA driver whose device is the host's memory. Copies run as late as they may: when an event after them is waited
+ * for. So a buffer that is used again too early shows in what arrives. FAKE_DRIVER_FAILS names a call that fails. */
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct {
+    char *target;
+    const char *source;
+    size_t width, height, source_pitch;
+} copy_t;
+typedef struct {
+    copy_t copies[64];
+    int begun, done;
+} stream_t;
+typedef struct {
+    stream_t *stream;
+    int after;
+} event_t;
+typedef struct {
+    size_t src_x, src_y;
+    int src_type;
+    const void *src_host;
+    uint64_t src_device;
+    void *src_array;
+    size_t src_pitch, dst_x, dst_y;
+    int dst_type;
+    void *dst_host;
+    uint64_t dst_device;
+    void *dst_array;
+    size_t dst_pitch, width, height;
+} copy_2d_t;
+
+static int status(const char *call) {
+    const char *fails = getenv("FAKE_DRIVER_FAILS");
+    return fails && !strcmp(fails, call) ? 700 : 0;
+}
+
+static void begin(stream_t *stream, copy_t copy) { stream->copies[stream->begun++ % 64] = copy; }
+
+static void finish(stream_t *stream, int until) {
+    for (; stream->done < until; stream->done++) {
+        const copy_t *copy = &stream->copies[stream->done % 64];
+        for (size_t row = 0; row < copy->height; row++)
+            memcpy(copy->target + row * copy->width, copy->source + row * copy->source_pitch, copy->width);
+    }
+}
+
+int cuInit(unsigned flags) { return (void)flags, status("cuInit"); }
+int cuDeviceGet(int *device, int index) { return *device = index, 0; }
+int cuDevicePrimaryCtxRetain(void **context, int device) { return (void)device, *context = context, 0; }
+int cuCtxSetCurrent(void *context) { return (void)context, 0; }
+int cuGetErrorString(int code, const char **text) { return (void)code, *text = "an illegal address", 0; }
+int cuMemAlloc_v2(uint64_t *address, size_t size) { return *address = (uintptr_t)malloc(size), 0; }
+int cuMemFree_v2(uint64_t address) { return free((void *)(uintptr_t)address), 0; }
+int cuMemHostAlloc(void **memory, size_t size, unsigned flags) {
+    return (void)flags, *memory = malloc(size), status("cuMemHostAlloc");
+}
+int cuMemFreeHost(void *memory) { return free(memory), 0; }
+int cuStreamCreate(void **stream, unsigned flags) { return (void)flags, *stream = calloc(1, sizeof(stream_t)), 0; }
+int cuStreamDestroy_v2(void *stream) { return free(stream), 0; }
+int cuEventCreate(void **event, unsigned flags) { return (void)flags, *event = calloc(1, sizeof(event_t)), 0; }
+int cuEventDestroy_v2(void *event) { return free(event), 0; }
+int cuEventRecord(event_t *event, stream_t *stream) {
+    event->stream = stream;
+    event->after = stream->begun;
+    return 0;
+}
+int cuEventSynchronize(event_t *event) {
+    if (event->stream) finish(event->stream, event->after);
+    return 0;
+}
+int cuMemcpyHtoDAsync_v2(uint64_t target, const void *source, size_t size, void *stream) {
+    begin(stream, (copy_t){(char *)(uintptr_t)target, source, size, 1, size});
+    return status("cuMemcpyHtoDAsync_v2");
+}
+int cuMemcpy2DAsync_v2(const copy_2d_t *copy, void *stream) {
+    begin(stream, (copy_t){(char *)(uintptr_t)copy->dst_device, copy->src_host, copy->width, copy->height,
+                           copy->src_pitch});
+    return status("cuMemcpy2DAsync_v2");
+}
