@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from runtime.model.families import read_model
 from runtime.weights.checkpoint import read_checkpoint
+from runtime.weights.chunks import chunks_of
 from runtime.weights.loader import MappedWeights
 from runtime.weights.plan import Plan, make_plan
-from runtime.weights.chunks import chunks_of
 from tests.runtime.model.checkpoints import CASES
 from tests.runtime.model.references import baichuan, chatglm, internlm2
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from runtime.errors import FirstlightError
 from runtime.model.families import read_model
 from runtime.weights.checkpoint import CheckpointError, read_checkpoint
+from runtime.weights.chunks import chunks_of
 from runtime.weights.loader import MappedWeights
 from runtime.weights.plan import ALIGNMENT, Plan, PlanError, make_plan
-from runtime.weights.chunks import chunks_of
 from tests.runtime.weights.conftest import CONFIG, HEAD_DIM, HEADS, KV_HEADS, LAYERS, SHAPES, write_model
 
 WORLD_SIZES = (1, 2, 4)

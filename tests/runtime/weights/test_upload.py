@@ -98,9 +98,7 @@ def test_the_arena_holds_the_files_bytes(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("call", ["cuMemHostAlloc", "cuMemcpyHtoDAsync_v2"])
-def test_a_call_of_the_driver_that_fails_is_named(
-    driver: Path, tmp_path: Path, kind: str, call: str
-) -> None:
+def test_a_call_of_the_driver_that_fails_is_named(driver: Path, tmp_path: Path, kind: str, call: str) -> None:
     write_model(tmp_path, torch.float16)
     done = load(driver, kind, tmp_path, tmp_path / "arena", call=call)
     assert done.returncode == 3, done.stderr
