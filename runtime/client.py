@@ -57,50 +57,63 @@ class EngineUnavailable(FirstlightError):
         self.retry_after = retry_after
 
 
-class TokenStream(AsyncIterator[TokenDelta]):
-    """The deltas of one submitted request, in order; closing it early aborts the request."""
+class TokenStream(AsyncIterator[list[TokenDelta]]):
+    """What the engine makes of sequences that were submitted together, as it comes.
 
-    def __init__(self, client: EngineClient, request_id: str) -> None:
+    Each item holds all that has arrived by then, in order and at least one delta. The iteration ends when
+    every sequence has, and raises `EngineUnavailable` if the engine is gone before.
+    """
+
+    def __init__(self, client: EngineClient, request_ids: Iterable[str]) -> None:
         self._client = client
-        self._request_id = request_id
-        self._queue: asyncio.Queue[TokenDelta | EngineUnavailable] = asyncio.Queue()
-        self._finished = False
+        self._running = set(request_ids)
+        self._arrived: list[TokenDelta] = []
+        self._failure: EngineUnavailable | None = None
+        self._waiter: asyncio.Future[None] | None = None
 
-    async def __anext__(self) -> TokenDelta:
-        if self._finished:
-            raise StopAsyncIteration
-        try:
-            item = await self._queue.get()
-        except asyncio.CancelledError:
-            await self.aclose()
-            raise
-        if isinstance(item, EngineUnavailable):
-            self._finished = True
-            raise item
-        self._finished = item.finish_reason is not None
-        return item
+    async def __anext__(self) -> list[TokenDelta]:
+        while not self._arrived:
+            if self._failure is not None:
+                raise self._failure
+            if not self._running:
+                raise StopAsyncIteration
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            except asyncio.CancelledError:
+                self.close()
+                raise
+        arrived, self._arrived = self._arrived, []
+        return arrived
 
-    async def aclose(self) -> None:
-        """Stop listening. The engine is told to forget the request unless it has ended already."""
-        if not self._finished:
-            self._finished = True
-            self._client.abort([self._request_id])
+    def abort(self, request_id: str) -> None:
+        """Wait no longer for one of the sequences. The engine is told to forget it unless it has ended."""
+        if request_id in self._running:
+            self._running.discard(request_id)
+            self._client.abort([request_id])
 
-    def take_waiting(self) -> list[TokenDelta]:
-        """The deltas that have arrived already, without waiting; empty when there are none."""
-        waiting: list[TokenDelta] = []
-        while not self._finished and not self._queue.empty():
-            item = self._queue.get_nowait()
-            if isinstance(item, EngineUnavailable):
-                self._queue.put_nowait(item)  # the next __anext__ raises it
-                break
-            self._finished = item.finish_reason is not None
-            waiting.append(item)
-        return waiting
+    def close(self) -> None:
+        """Wait for nothing any more, and abort what has not ended."""
+        running, self._running = self._running, set()
+        if running:
+            self._client.abort(running)
 
-    def put(self, item: TokenDelta | EngineUnavailable) -> None:
+    def put(self, delta: TokenDelta) -> None:
         """Hand over what the engine sent; called by the client alone."""
-        self._queue.put_nowait(item)
+        if delta.finish_reason is not None:
+            self._running.discard(delta.request_id)
+        self._arrived.append(delta)
+        self._wake()
+
+    def fail(self, error: EngineUnavailable) -> None:
+        """Nothing more will come; called by the client alone."""
+        self._running.clear()
+        self._failure = error
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 class EngineClient:
@@ -184,16 +197,17 @@ class EngineClient:
 
     # ---- requests ------------------------------------------------------------------------------
 
-    def submit(self, request: Submit) -> TokenStream:
-        """Queue one sequence; the engine takes it up as soon as it is ready.
+    def submit(self, *requests: Submit) -> TokenStream:
+        """Queue sequences; the engine takes them up as soon as it is ready.
 
         Raises `EngineUnavailable` at once if the engine has failed or is shutting down.
         """
         if self.state in ("failed", "draining"):
             raise EngineUnavailable(self.failure or "The server is shutting down.", retry_after=5.0)
-        stream = TokenStream(self, request.request_id)
-        self._streams[request.request_id] = stream
-        self._send(request)
+        stream = TokenStream(self, [request.request_id for request in requests])
+        for request in requests:
+            self._streams[request.request_id] = stream
+            self._send(request)
         return stream
 
     def abort(self, request_ids: Iterable[str]) -> None:
@@ -318,6 +332,6 @@ class EngineClient:
         self._end_streams(EngineUnavailable(f"The engine ended {how} {when}; it is being restarted.", 2.0))
 
     def _end_streams(self, error: EngineUnavailable) -> None:
-        streams, self._streams = list(self._streams.values()), {}
+        streams, self._streams = set(self._streams.values()), {}
         for stream in streams:
-            stream.put(error)
+            stream.fail(error)

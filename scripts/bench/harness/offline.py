@@ -85,10 +85,11 @@ class OfflineEngine:
         submit = Submit(request_id=uuid.uuid4().hex, prompt_token_ids=request.prompt, sampling=sampling)
         token_ids: list[int] = []
         async with slots:
-            async for delta in self._client.submit(submit):
-                if delta.error is not None:
-                    raise BenchError(f"firstlight: {delta.error}")
-                token_ids += delta.token_ids
+            async for deltas in self._client.submit(submit):
+                for delta in deltas:
+                    if delta.error is not None:
+                        raise BenchError(f"firstlight: {delta.error}")
+                    token_ids += delta.token_ids
         return token_ids
 
     def close(self) -> None:
