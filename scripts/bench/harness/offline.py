@@ -32,7 +32,7 @@ class OfflineEngine:
             sys.path.append(str(ROOT))
         from runtime.client import EngineClient
 
-        self._client: EngineClient = EngineClient(_config(folder, settings))
+        self._client: EngineClient = EngineClient(engine_config(folder, settings))
         self._client.spawn()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -105,7 +105,8 @@ class OfflineEngine:
         self.close()
 
 
-def _config(folder: Path, settings: dict[str, Any]) -> EngineConfig:
+def engine_config(folder: Path, settings: dict[str, Any]) -> EngineConfig:
+    """The configuration of an engine for this model; `settings` are fields of it."""
     from runtime.catalogue import find_catalogue, load_catalogue
     from runtime.protocol import EngineConfig
     from runtime.weights.sources.cache import default_cache_dir
