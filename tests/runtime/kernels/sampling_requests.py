@@ -42,10 +42,11 @@ class Requests:
         vocab_size: int,
         chunk: int,
         generated: Sequence[int] = (),
+        **settings: int,
     ) -> None:
         self.num_slots = len(asked) + 2
         self.tables = SamplingTables.allocate(self.num_slots, vocab_size, DEVICE)
-        self.sampler = Sampler(self.tables, self.num_slots, vocab_size, chunk)
+        self.sampler = Sampler(self.tables, self.num_slots, vocab_size, chunk, **settings)
         self.slots = list(range(len(asked), 0, -1))
         self.stages = Stages()
         for slot, sampling, seed in zip(self.slots, asked, seeds, strict=True):

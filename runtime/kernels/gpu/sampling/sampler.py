@@ -11,17 +11,19 @@ from runtime.kernels.gpu.sampling.adjust import adjust_kernel
 from runtime.kernels.gpu.sampling.draw import draw_torch, masses_torch, pick_kernel, weigh_kernel
 from runtime.kernels.gpu.sampling.parameters import SamplingTables, Stages
 from runtime.kernels.gpu.sampling.scan import best_torch, scan_kernel
+from runtime.kernels.gpu.sampling.settle import collect_kernel, settle_kernel
 from runtime.kernels.gpu.sampling.threshold import (
     BUCKETS,
     PASSES,
     narrow_kernel,
     probability_torch,
-    settle_kernel,
     threshold_torch,
 )
 from runtime.protocol import SamplingParams
 
 _CHUNK = 4096
+# How many tokens that may be the last one kept are looked at side by side.
+_CANDIDATES = 2048
 _WARPS = 8
 # Weighing parts of an interval keeps many numbers at hand: more threads, fewer registers in each.
 _NARROW_WARPS = 16
@@ -46,7 +48,14 @@ class Sampler:
     Nothing is allocated and nothing read back while it runs, so that it can be captured in a CUDA graph.
     """
 
-    def __init__(self, tables: SamplingTables, max_rows: int, vocab_size: int, chunk: int = _CHUNK) -> None:
+    def __init__(
+        self,
+        tables: SamplingTables,
+        max_rows: int,
+        vocab_size: int,
+        chunk: int = _CHUNK,
+        candidates: int = _CANDIDATES,
+    ) -> None:
         device = tables.records.device
         self.tables = tables
         self.vocab_size = vocab_size
@@ -66,6 +75,8 @@ class Sampler:
         self._buckets = torch.empty(
             (2 * max_rows, self.num_chunks, BUCKETS.value), dtype=torch.int64, device=device
         )
+        self._found = torch.zeros(max_rows, dtype=torch.int32, device=device)
+        self._candidates = torch.empty((max_rows, candidates), dtype=torch.int32, device=device)
 
     def sample(
         self,
@@ -159,20 +170,20 @@ class Sampler:
                 BY_COUNT=by_count,
                 num_warps=_NARROW_WARPS,
             )
+        search = self._interval, self._buckets, self._found, self._candidates, num_rows
+        shape = {
+            "PASSES": PASSES,
+            "CAPACITY": self._candidates.shape[1],
+            "CHUNK": self.chunk,
+            "CHUNKS": self._chunks,
+            "ADJUST": adjust,
+            "BY_COUNT": by_count,
+            "num_warps": _WARPS,
+        }
+        source = *self._source(batch), batch.rows, self._best_logit, self._mass
+        collect_kernel[self._grid(batch)](*source, *search, self.vocab_size, **shape)
         settle_kernel[(num_rows,)](
-            self.tables.records,
-            batch.rows,
-            self._mass,
-            self._threshold,
-            self._interval,
-            self._buckets,
-            num_rows,
-            self.num_chunks,
-            self.vocab_size,
-            PASSES=PASSES,
-            CHUNKS=self._chunks,
-            BY_COUNT=by_count,
-            num_warps=1,
+            *source, self._threshold, *search, self.num_chunks, self.vocab_size, **shape
         )
 
     def _weigh(self, batch: Batch, adjust: bool, use_min_p: bool) -> None:
