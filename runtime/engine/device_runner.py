@@ -97,7 +97,8 @@ class DeviceRunner:
     @torch.inference_mode()
     def launch(self, scheduled: Rows[Scheduled]) -> UnderWay:
         """Begin to compute what is scheduled; see `Runner.launch`."""
-        decodes = [item for item in scheduled if item.decodes]
+        # The longest first: no long sequence starts its attention when the others are through with theirs.
+        decodes = sorted((item for item in scheduled if item.decodes), key=lambda item: -item.start)
         others = [item for item in scheduled if not item.decodes]
         updates = self._table.block_updates(scheduled)
         samplers = [*decodes, *(item for item in others if item.samples)]
