@@ -14,7 +14,7 @@ import msgspec
 
 from runtime.catalogue import ModelSpec
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort", "error", "refused"]
 Phase = Literal["download", "convert", "load", "warmup"]
 
 _LENGTH = struct.Struct("<I")
@@ -60,12 +60,23 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise TypeError(f"engine settings: {error}") from None
 
 
+class Grammar(msgspec.Struct, frozen=True):
+    """What an answer must look like, in llguidance's own terms: see `runtime.text.grammar`.
+
+    `field` names the part of the request that asked for it, for messages about it.
+    """
+
+    source: str
+    field: str
+
+
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """How one sequence is sampled. Ranges are checked by the handler before they get here.
 
     `temperature` 0 is greedy; `top_k` 0 is off. `stop_token_ids` holds every id that ends the
     sequence, the model's own end-of-sequence ids included unless the request ignores them.
-    `logprobs` None is off, 0 is the chosen token only, n adds the n most likely.
+    `logprobs` None is off, 0 is the chosen token only, n adds the n most likely. With a `grammar` only
+    tokens come that it allows, and tokens that end the sequence only where it may end.
     """
 
     max_tokens: int
@@ -82,6 +93,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
 
 
 # ---- handler -> engine -------------------------------------------------------------------------
@@ -149,7 +161,8 @@ class TokenDelta(msgspec.Struct, omit_defaults=True, kw_only=True):
 
     `stop_token_id` is the id that ended a sequence whose `finish_reason` is "stop"; that id is not
     in `token_ids`. `prompt_logprobs` comes once, with the first delta, and starts with None because
-    nothing predicts the first token.
+    nothing predicts the first token. "refused" is a request that cannot be served as it is written, "error"
+    a failure of ours; `error` says why, and `param` which field is at fault.
     """
 
     request_id: str
@@ -160,6 +173,7 @@ class TokenDelta(msgspec.Struct, omit_defaults=True, kw_only=True):
     prompt_logprobs: list[TokenLogprobs | None] = []
     num_cached_tokens: int = 0
     error: str | None = None
+    param: str | None = None
 
 
 class EngineStats(msgspec.Struct, kw_only=True):

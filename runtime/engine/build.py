@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 
 from runtime.engine.blocks import BlockManager
 from runtime.engine.core import Engine
+from runtime.engine.grammar import Grammars
 from runtime.engine.host_runner import HostRunner
 from runtime.engine.memory import block_bytes, cpu_num_blocks, working_bytes
 from runtime.engine.scheduler import Scheduler
@@ -35,9 +37,16 @@ class SettingError(FirstlightError):
 
 
 def build_engine(
-    config: EngineConfig, model: Model | ForeignModel, weights: Callable[[], Weights], device_type: str
+    config: EngineConfig,
+    directory: Path,
+    model: Model | ForeignModel,
+    weights: Callable[[], Weights],
+    device_type: str,
 ) -> tuple[Engine, torch.dtype]:
-    """The engine on `cpu` or `cuda`, and the dtype it computes in. Raises `FirstlightError`."""
+    """The engine on `cpu` or `cuda`, and the dtype it computes in. Raises `FirstlightError`.
+
+    `directory` holds the model's tokenizer.
+    """
     device = _device(device_type)
     dtype = _dtype(config, model.torch_dtype, device)
     if device.type == "cpu":
@@ -70,7 +79,9 @@ def build_engine(
             decoder, num_blocks, config.block_size, config.max_num_seqs, budget, max_model_len, dtype
         )
     scheduler = Scheduler(blocks, config.max_num_seqs, budget, config.enable_chunked_prefill)
-    engine = Engine(runner, scheduler, max_model_len, config.seed, decoder.position_base)
+    grammars = Grammars(directory, runner.vocab_size)
+    pin_masks = device.type == "cuda"
+    engine = Engine(runner, scheduler, max_model_len, config.seed, grammars, decoder.position_base, pin_masks)
     _check_answer(engine)
     return engine, dtype
 

@@ -8,16 +8,19 @@ which sequences take part, their new blocks, and the tokens of prompts.
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
+from functools import partial
 
 import numpy as np
 import torch
 
-from runtime.engine.device_results import Scores, UnderWay, to_host
+from runtime.engine.device_results import Drawn, Scores, UnderWay, to_host
 from runtime.engine.device_sampling import DeviceSampler
 from runtime.engine.graphs import DecodeGraphs
 from runtime.engine.request_table import BlockUpdate, RequestTable
 from runtime.engine.scheduler import Scheduled
+from runtime.engine.sequence import Sequence
 from runtime.engine.staging import Staging, to_device
+from runtime.engine.step import TokenMasks
 from runtime.kernels.batch import DeviceBatch
 from runtime.kernels.gpu.attention_decode import decode_workspace, splits_for
 from runtime.kernels.gpu.attention_prefill import (
@@ -28,6 +31,8 @@ from runtime.kernels.gpu.attention_prefill import (
 )
 from runtime.kernels.gpu.attention_tile import Workspace
 from runtime.kernels.gpu.prepare import apply_updates, prepare_decode
+from runtime.kernels.gpu.sampling.parameters import Stages
+from runtime.kernels.gpu.sampling.sampler import Batch
 from runtime.model.decoder import CausalLM
 from runtime.model.layers import LayerCache
 
@@ -110,19 +115,28 @@ class DeviceRunner:
         prompts: list[Scores] = []
         if any(item.scores_prompt for item in others):
             prompts, logits = self._score_prompts(len(decodes), others, logits)
-        tokens = self._sampler.sample(logits, rows, lengths, sequences)
+        row_of = {id(item): row for row, item in enumerate(samplers)}
+        order = [row_of[id(item)] for item in scheduled if item.samples]
+        batch, stages = Batch(logits, rows, lengths), self._sampler.stages(sequences)
+        return UnderWay(partial(self._draw, batch, stages, sequences), order, prompts)
+
+    @torch.inference_mode()
+    def _draw(
+        self, batch: Batch, stages: Stages, sequences: Rows[Sequence], masks: TokenMasks | None
+    ) -> Drawn:
+        """Begin to sample what has been launched; `sequences` are those of the batch's rows."""
+        row_masks = None if masks is None else self._sampler.row_masks(sequences, masks)
+        tokens = self._sampler.sample(batch, stages, row_masks)
         scored = [row for row, sequence in enumerate(sequences) if sequence.sampling.logprobs is not None]
         scores = None
         if scored:
             num_top = [sequences[row].sampling.logprobs or 0 for row in scored]
             index = to_device(scored)
-            scores = Scores.of(logits[index], tokens[index], num_top)
-        on_host = to_host(tokens[: len(samplers)])
+            scores = Scores.of(batch.logits[index], tokens[index], num_top)
+        on_host = to_host(tokens[: len(sequences)])
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record(self._stream)
-        row_of = {id(item): row for row, item in enumerate(samplers)}
-        order = [row_of[id(item)] for item in scheduled if item.samples]
-        return UnderWay(on_host, order, done, scored, scores, prompts)
+        return Drawn(on_host, done, scored, scores)
 
     def _decode_only(
         self, decodes: Rows[Scheduled], updates: list[BlockUpdate]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from runtime import marks
 from runtime.engine.channel import Channel
+from runtime.engine.compiling import Compiling
 from runtime.engine.core import Engine
-from runtime.protocol import Abort, Drain, Mark, Submit
+from runtime.protocol import Abort, Command, Drain, Mark, Submit
 
 
 def serve(engine: Engine, channel: Channel) -> None:
@@ -14,16 +15,14 @@ def serve(engine: Engine, channel: Channel) -> None:
     first = True
     idle_work = False
     graphs: float | None = None
-    while engine.has_work or not draining:
+    compiling = Compiling(engine.grammars, channel.wake)
+    while engine.has_work or compiling.busy or not draining:
         was_busy = engine.has_work
         for command in channel.receive(wait=not (engine.has_work or idle_work)):
-            match command:
-                case Submit():
-                    engine.submit(command)
-                case Abort():
-                    engine.abort(command.request_ids)
-                case Drain():
-                    draining = True
+            draining = draining or isinstance(command, Drain)
+            _follow(command, engine, compiling)
+        for request in compiling.finished():
+            engine.submit(request)
         if not (engine.has_work or was_busy):
             if idle_work and (idle_work := engine.runner.use_idle_time()):
                 graphs = marks.since_exec()
@@ -39,3 +38,14 @@ def serve(engine: Engine, channel: Channel) -> None:
             first = False
             idle_work = True
             channel.send(Mark("first_token", marks.since_exec()))
+
+
+def _follow(command: Command, engine: Engine, compiling: Compiling) -> None:
+    match command:
+        case Submit() if command.sampling.grammar is not None:
+            compiling.begin(command)
+        case Submit():
+            engine.submit(command)
+        case Abort():
+            compiling.forget(command.request_ids)
+            engine.abort(command.request_ids)

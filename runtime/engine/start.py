@@ -41,6 +41,7 @@ class Preparation(threading.Thread):
         self._error: Exception | None = None
         self._last_sent = 0.0
         self.marks: dict[str, float] = {}
+        self.directory: Path
         self.model: Model | ForeignModel
         self.plan: Plan
         self.weights: MappedWeights | DeviceWeights
@@ -90,6 +91,7 @@ class Preparation(threading.Thread):
 
     def _load(self, directory: Path, gate: Gate) -> None:
         """Plan, and bring the weights into memory as the gate lets their bytes through."""
+        self.directory = directory
         tensors = read_checkpoint(directory, gate)
         if isinstance(self.model, ForeignModel):
             self.plan = plan_all(tensors)
@@ -155,7 +157,9 @@ def start(config: EngineConfig, send: Callable[[Event], None]) -> tuple[Engine, 
     torch_imported = marks.since_exec()
     preparation.finish()
     device = preparation.device
-    engine, dtype = build_engine(config, preparation.model, preparation.weights.tensors, device)
+    engine, dtype = build_engine(
+        config, preparation.directory, preparation.model, preparation.weights.tensors, device
+    )
     ready = Ready(
         device=device,
         dtype=str(dtype).removeprefix("torch."),

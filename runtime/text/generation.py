@@ -27,7 +27,7 @@ async def run(client: Engine, sequences: list[Sequence]) -> AsyncGenerator[list[
     """The text of all sequences as it comes; each item holds everything that has arrived, by sequence.
 
     Ends once every sequence has. Closing it, cancelling it or an error aborts what is still running.
-    Raises `EngineUnavailable` if the engine dies, `GenerationError` if it gives a sequence up.
+    Raises `EngineUnavailable` if the engine dies, and what `Sequence.take` raises.
     """
     running = {sequence.submit.request_id: sequence for sequence in sequences}
     stream = client.submit(*(sequence.submit for sequence in sequences))

@@ -193,7 +193,7 @@ class TestFailure:
                 )
                 good = submit(client, "good", 4)
                 deltas: list[TokenDelta] = [delta async for item in bad for delta in item]
-                assert deltas[-1].finish_reason == "error"
+                assert deltas[-1].finish_reason == "refused"
                 assert "out of range" in (deltas[-1].error or "")
                 assert await tokens_of(good)
 

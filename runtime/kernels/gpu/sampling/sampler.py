@@ -9,6 +9,7 @@ import triton
 
 from runtime.kernels.gpu.sampling.adjust import adjust_kernel
 from runtime.kernels.gpu.sampling.draw import draw_torch, masses_torch, pick_kernel, weigh_kernel
+from runtime.kernels.gpu.sampling.mask import RowMasks, mask_kernel
 from runtime.kernels.gpu.sampling.parameters import SamplingTables, Stages
 from runtime.kernels.gpu.sampling.scan import best_torch, scan_kernel
 from runtime.kernels.gpu.sampling.settle import collect_kernel, settle_kernel
@@ -85,10 +86,12 @@ class Sampler:
         tokens: torch.Tensor,
         last_token: torch.Tensor,
         seq_len: torch.Tensor,
+        masks: RowMasks | None = None,
     ) -> None:
         """Choose each row's next token and write it to tokens [R] int32.
 
-        `stages` are those that any row asks for. The requests' state moves on (see `prepare.py`):
+        `stages` are those that any row asks for; `masks` are for rows whose requests have a grammar. The
+        requests' state moves on (see `prepare.py`):
         last_token[slot] becomes the token, seq_len[slot] the row's length, and the token is counted where
         penalties want that. The logits stay as they are.
 
@@ -99,6 +102,8 @@ class Sampler:
             raise ValueError(f"{batch.rows.shape[0]} rows to sample; this sampler takes {self._max_rows}")
         if stages.adjust:
             self.adjust(batch)
+        if masks is not None:
+            self.mask(masks)
         self._scan(batch, stages.adjust)
         if stages.draw:
             if stages.top_k:
@@ -136,6 +141,19 @@ class Sampler:
             num_warps=_WARPS,
         )
         return self._adjusted[: batch.rows.shape[0], : self.vocab_size]
+
+    def mask(self, masks: RowMasks) -> None:
+        """Rule out, in the adjusted logits, what the masks do."""
+        mask_kernel[self.num_chunks, masks.rows.shape[0]](
+            self._adjusted,
+            self._adjusted.stride(0),
+            masks.rows,
+            masks.bits,
+            masks.bits.stride(0),
+            self.vocab_size,
+            CHUNK=self.chunk,
+            num_warps=_WARPS,
+        )
 
     def _scan(self, batch: Batch, adjust: bool) -> None:
         scan_kernel[self._grid(batch)](
