@@ -6,13 +6,15 @@ torch. The thread waits in the kernel and in the network, not on Python's lock.
 
 from __future__ import annotations
 
+import importlib
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from runtime import marks
+from runtime.engine.deferred import import_torch
 from runtime.errors import FirstlightError
 from runtime.kernels import native
 from runtime.model.families import ForeignModel, Model, read_model
@@ -31,6 +33,34 @@ if TYPE_CHECKING:
 _PROGRESS_INTERVAL_S = 0.1
 
 
+class _Device(threading.Thread):
+    """Finds the GPU and makes its context, which takes a while."""
+
+    def __init__(self, wanted: Literal["auto", "cuda", "cpu"]) -> None:
+        super().__init__(name="device", daemon=True)
+        self._wanted = wanted
+        self._driver: Driver | None = None
+        self._error: CudaError | None = None
+
+    def run(self) -> None:
+        """The thread's work."""
+        if self._wanted == "cpu":
+            return
+        try:
+            self._driver = Driver()
+        except CudaError as error:
+            self._error = error
+
+    def driver(self) -> Driver | None:
+        """The GPU's driver, entered; without a GPU None, or the error if one is required."""
+        self.join()
+        if self._error is not None and self._wanted == "cuda":
+            raise self._error
+        if self._driver is not None:
+            self._driver.enter()
+        return self._driver
+
+
 class Preparation(threading.Thread):
     """Brings the model's files into memory. `finish` waits for it and raises what went wrong."""
 
@@ -46,6 +76,7 @@ class Preparation(threading.Thread):
         self.plan: Plan
         self.weights: MappedWeights | DeviceWeights
         self._arena: DeviceWeights | None = None
+        self._device = _Device(config.device)
         self.device = "cpu"
 
     def run(self) -> None:
@@ -62,6 +93,7 @@ class Preparation(threading.Thread):
             raise self._error
 
     def _prepare(self) -> None:
+        self._device.start()
         model, cache_dir = self._config.model, Path(self._config.cache_dir)
         directory = sources.locate(model, cache_dir)
         if directory is None:
@@ -100,7 +132,7 @@ class Preparation(threading.Thread):
         self._mark("plan")
         if gate is OPEN:
             self._send(Progress(phase="load", bytes_total=self.plan.read_bytes, directory=str(directory)))
-        driver = None if self._config.device == "cpu" else _driver(required=self._config.device == "cuda")
+        driver = self._device.driver()
         if driver is None:
             native.build()
         else:
@@ -131,16 +163,6 @@ class Preparation(threading.Thread):
         self.marks[name] = marks.since_exec()
 
 
-def _driver(required: bool) -> Driver | None:
-    """The GPU's driver; without a GPU None, or the error if one is required."""
-    try:
-        return Driver()
-    except CudaError:
-        if required:
-            raise
-        return None
-
-
 def start(config: EngineConfig, send: Callable[[Event], None]) -> tuple[Engine, Ready]:
     """Load the model and build its engine. Raises `FirstlightError` for what a person must mend."""
     if config.world_size > 1:
@@ -151,10 +173,12 @@ def start(config: EngineConfig, send: Callable[[Event], None]) -> tuple[Engine, 
         )
     preparation = Preparation(config, send)
     preparation.start()
-
+    import_torch()
+    torch_imported = marks.since_exec()
     from runtime.engine.build import build_engine
 
-    torch_imported = marks.since_exec()
+    if preparation.device == "cuda":
+        importlib.import_module("runtime.engine.device_runner")  # with triton, while weights are on their way
     preparation.finish()
     device = preparation.device
     engine, dtype = build_engine(
