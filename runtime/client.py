@@ -2,7 +2,8 @@
 
 The engine is a child process at the other end of a socket pair. If it dies, whatever was in flight
 ends with `EngineUnavailable`, and it is started again; if it says that starting again cannot help
-(`Fatal`), the client stays up in the state "failed" and says why.
+(`Fatal`), the client stays up in the state "failed" and says why. An engine that dies in its sleep, or
+was told to leave, is started again by the next request.
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
 from runtime import marks
-from runtime.errors import FirstlightError
 from runtime.protocol import (
     Abort,
+    Asleep,
+    Awake,
+    Broken,
     Command,
     Drain,
     EngineConfig,
@@ -34,86 +37,25 @@ from runtime.protocol import (
     Mark,
     Progress,
     Ready,
+    Sleep,
+    SleepLevel,
     StepOutput,
     Submit,
     TokenDelta,
+    Wake,
     decode_event,
     encode_frame,
 )
+from runtime.token_stream import EngineUnavailable, TokenStream
 
-State = Literal["cold", "loading", "warm", "draining", "failed"]
+__all__ = ["EngineClient", "EngineUnavailable", "State", "TokenStream"]
+
+State = Literal["cold", "loading", "warm", "asleep", "waking", "draining", "failed"]
 
 # A start that dies this often in a row without getting ready is not going to succeed by itself.
 MAX_FAILED_STARTS = 4
 _READ_BYTES = 1 << 18
 _package_root = str(Path(__file__).resolve().parent.parent)
-
-
-class EngineUnavailable(FirstlightError):
-    """The engine died, cannot start or is shutting down. `retry_after` is in seconds."""
-
-    def __init__(self, message: str, retry_after: float = 1.0) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
-class TokenStream(AsyncIterator[list[TokenDelta]]):
-    """What the engine makes of sequences that were submitted together, as it comes.
-
-    Each item holds all that has arrived by then, in order and at least one delta. The iteration ends when
-    every sequence has, and raises `EngineUnavailable` if the engine is gone before.
-    """
-
-    def __init__(self, client: EngineClient, request_ids: Iterable[str]) -> None:
-        self._client = client
-        self._running = set(request_ids)
-        self._arrived: list[TokenDelta] = []
-        self._failure: EngineUnavailable | None = None
-        self._waiter: asyncio.Future[None] | None = None
-
-    async def __anext__(self) -> list[TokenDelta]:
-        while not self._arrived:
-            if self._failure is not None:
-                raise self._failure
-            if not self._running:
-                raise StopAsyncIteration
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            except asyncio.CancelledError:
-                self.close()
-                raise
-        arrived, self._arrived = self._arrived, []
-        return arrived
-
-    def abort(self, request_id: str) -> None:
-        """Wait no longer for one of the sequences. The engine is told to forget it unless it has ended."""
-        if request_id in self._running:
-            self._running.discard(request_id)
-            self._client.abort([request_id])
-
-    def close(self) -> None:
-        """Wait for nothing any more, and abort what has not ended."""
-        running, self._running = self._running, set()
-        if running:
-            self._client.abort(running)
-
-    def put(self, delta: TokenDelta) -> None:
-        """Hand over what the engine sent; called by the client alone."""
-        if delta.finish_reason is not None:
-            self._running.discard(delta.request_id)
-        self._arrived.append(delta)
-        self._wake()
-
-    def fail(self, error: EngineUnavailable) -> None:
-        """Nothing more will come; called by the client alone."""
-        self._running.clear()
-        self._failure = error
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
 
 
 class EngineClient:
@@ -128,6 +70,10 @@ class EngineClient:
         self.marks: dict[str, float] = {}
         self.failure: str | None = None
         self.restarts = 0
+        self.sleeps = 0
+        self.wakes = 0
+        self.sleep_level: SleepLevel | None = None
+        self.wake_seconds: float | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._writer: asyncio.StreamWriter | None = None
@@ -136,6 +82,9 @@ class EngineClient:
         self._changed = asyncio.Event()
         self._directory: Path | None = None
         self._failed_starts = 0
+        self._broken: str | None = None
+        self._called = asyncio.Event()
+        self._leaving = False
 
     # ---- life ----------------------------------------------------------------------------------
 
@@ -160,29 +109,87 @@ class EngineClient:
         """The engine's process id while there is such a process."""
         return self._process.pid if self._process else None
 
-    async def run(self) -> None:
-        """Read what the engine sends and start it again when it dies, until it fails or is closed."""
-        if self._process is None:
-            self.spawn()
-        while True:
+    async def run(self, at_once: bool = True) -> None:
+        """Read what the engine sends and start it again when it dies, until it fails or is closed.
+
+        An engine that was not spawned before is started now or, if not `at_once`, when it is called.
+        """
+        if at_once:
+            self.call()
+        while self.state not in ("draining", "failed"):
+            if self._socket is None:
+                await self._wait_turn()
+                if self.state not in ("cold", "loading"):
+                    break
+                self.spawn()
             await self._read_until_end()
             status = await self._reap()
             if self.state in ("draining", "failed"):
-                self._end_streams(EngineUnavailable(self.failure or "The server is shutting down."))
-                return
-            self._failed_starts = 0 if self.info else self._failed_starts + 1
-            self._note_death(status)
-            if self.state == "failed":
-                return
-            await asyncio.sleep(0 if self._failed_starts == 0 else 0.25 * 2**self._failed_starts)
-            self.restarts += 1
-            self.spawn()
+                break
+            if self._leaving:
+                self._leaving = False
+                self._forget_engine()
+            else:
+                self._note_death(status)
+        self._end_streams(EngineUnavailable(self.failure or "The server is shutting down."))
+
+    async def _wait_turn(self) -> None:
+        """Until an engine is to be started: when it is called, or some time after a start that failed."""
+        if self.state == "cold":
+            await self._called.wait()
+            self._called.clear()
+        elif self._failed_starts:
+            await asyncio.sleep(0.25 * 2**self._failed_starts)
+
+    def call(self) -> None:
+        """Have the engine take requests soon: wake it if it sleeps, start it if there is none."""
+        if self.state == "asleep":
+            self._set_state("waking")
+            self._send(Wake())
+        elif self.state == "cold":
+            self._called.set()
+
+    async def wake(self) -> None:
+        """Like `call`, and wait until it does take requests. Raises `EngineUnavailable` if it fails."""
+        while self.state != "warm":
+            self.call()
+            await self._wait_change()
+
+    async def sleep(self, level: SleepLevel) -> None:
+        """Once nothing runs any more, have the engine give back its memory; return when it has.
+
+        Requests that come meanwhile wait, and wake it again. One that loads does that first. Raises
+        `EngineUnavailable` if the engine ends instead.
+        """
+        if self.state == "cold":
+            return
+        await self.wait_ready()
+        before = self.sleeps
+        self._send(Sleep(level))
+        while self.sleeps == before:
+            if self.info is None:
+                raise EngineUnavailable(self.failure or "The engine ended while it was falling asleep.", 2.0)
+            await self._wait_change()
+
+    def doze_off(self, level: SleepLevel) -> None:
+        """Have the engine sleep if nothing is in flight and nothing comes meanwhile."""
+        if self.state == "warm" and not self._streams:
+            self._send(Sleep(level, when_idle=True))
+
+    def leave(self) -> None:
+        """End the engine once nothing runs any more. What comes from now on starts another."""
+        if self.state in ("warm", "asleep"):
+            self._send(Drain())
+            self._writer = None  # what is sent from here on is for the next engine
+            self._leaving = True
+            self._set_state("cold")
 
     async def close(self, drain_seconds: float) -> None:
         """Let submitted requests finish for at most `drain_seconds`, then end the engine process."""
         if self.state != "failed":
             self._set_state("draining")
             self._send(Drain())
+            self._called.set()
         process = self._process
         if process is None:
             return
@@ -204,7 +211,8 @@ class EngineClient:
         """
         if self.state in ("failed", "draining"):
             raise EngineUnavailable(self.failure or "The server is shutting down.", retry_after=5.0)
-        stream = TokenStream(self, [request.request_id for request in requests])
+        stream = TokenStream(self.abort, [request.request_id for request in requests])
+        self.call()
         for request in requests:
             self._streams[request.request_id] = stream
             self._send(request)
@@ -238,6 +246,8 @@ class EngineClient:
     async def _wait_change(self) -> None:
         if self.state == "failed":
             raise EngineUnavailable(self.failure or "The engine could not start.", retry_after=30.0)
+        if self.state == "cold":
+            self.call()
         await self._changed.wait()
 
     def _set_state(self, state: State) -> None:
@@ -271,7 +281,7 @@ class EngineClient:
                     self._take(decode_event(body))
         except OSError:
             pass  # a killed peer may reset the socket instead of closing it: the same end
-        self._writer = None
+        self._writer = self._socket = None
         writer.close()
 
     def _take(self, event: Event) -> None:
@@ -292,9 +302,28 @@ class EngineClient:
             case Mark():
                 self.marks.setdefault(event.name, event.seconds)
                 self._notify()
+            case Asleep():
+                self.sleeps += 1
+                self.sleep_level = event.level
+                if self.state == "warm":
+                    # What was submitted while this was on its way wakes the engine.
+                    self.state = "waking" if self._streams else "asleep"
+                self._notify()
+            case Awake():
+                self._note_awake(event.seconds)
             case Fatal():
                 self.failure = event.message
                 self._set_state("failed")
+            case Broken():
+                self._broken = event.message
+
+    def _note_awake(self, seconds: float) -> None:
+        if self.sleep_level is not None:
+            self.wakes += 1
+            self.wake_seconds = seconds
+            self.sleep_level = None
+        if self.state in ("asleep", "waking"):
+            self._set_state("warm")
 
     def _deliver(self, delta: TokenDelta) -> None:
         stream = self._streams.get(delta.request_id)
@@ -316,20 +345,30 @@ class EngineClient:
 
     def _note_death(self, status: int) -> None:
         how = f"by signal {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
-        when = "while it was serving" if self.info else "while it was starting"
-        self.info = None
-        self.stats = EngineStats()
+        doing = "serving" if self.info else "starting"
+        if self.state in ("asleep", "waking"):
+            doing = self.state
+        ended = f"The engine ended {how} while it was {doing}"
+        if self._broken is not None:
+            ended = self._broken.removesuffix(".")
+        died_asleep = self.state == "asleep"
+        self._failed_starts = 0 if self.info else self._failed_starts + 1
+        self._outbox.clear()
+        self._forget_engine()
         if self._failed_starts >= MAX_FAILED_STARTS:
-            self.failure = (
-                f"The engine ended {how} {when}, {self._failed_starts} times in a row; "
-                "its own messages are on stderr."
-            )
+            self.failure = f"{ended}, {self._failed_starts} times in a row; its own messages are on stderr."
             self._set_state("failed")
         else:
-            self._set_state("loading")
-        self._outbox.clear()
-        print(f"firstlight: the engine process ended {how} {when}", file=sys.stderr, flush=True)
-        self._end_streams(EngineUnavailable(f"The engine ended {how} {when}; it is being restarted.", 2.0))
+            self.restarts += 1
+            self._set_state("cold" if died_asleep else "loading")
+        print(f"firstlight: the engine process ended {how} while it was {doing}", file=sys.stderr, flush=True)
+        self._end_streams(EngineUnavailable(f"{ended}; it is being restarted.", 2.0))
+
+    def _forget_engine(self) -> None:
+        """What was said of an engine holds no longer."""
+        self.info = self.sleep_level = self._broken = self._process = None
+        self.stats = EngineStats()
+        self._notify()
 
     def _end_streams(self, error: EngineUnavailable) -> None:
         streams, self._streams = set(self._streams.values()), {}

@@ -16,6 +16,7 @@ from runtime.catalogue import ModelSpec
 
 FinishReason = Literal["stop", "length", "abort", "error", "refused"]
 Phase = Literal["download", "convert", "load", "warmup"]
+SleepLevel = Literal[1, 2]
 
 _LENGTH = struct.Struct("<I")
 MAX_FRAME_BYTES = 1 << 30
@@ -114,11 +115,27 @@ class Abort(msgspec.Struct, tag="abort"):
     request_ids: list[str]
 
 
+class Sleep(msgspec.Struct, tag="sleep", omit_defaults=True):
+    """Once nothing runs any more, give back the device's memory; answered by `Asleep`.
+
+    The weights wait in pinned host memory at level 1, in their files at level 2. Requests that come
+    meanwhile wait, and wake the engine again. With `when_idle` they are served instead, and the engine
+    stays awake; then there is no answer.
+    """
+
+    level: SleepLevel
+    when_idle: bool = False
+
+
+class Wake(msgspec.Struct, tag="wake"):
+    """Take the memory back and the weights in again; answered by `Awake`. A request does the same."""
+
+
 class Drain(msgspec.Struct, tag="drain"):
     """Finish what has been submitted, then exit with status 0."""
 
 
-Command = Submit | Abort | Drain
+Command = Submit | Abort | Sleep | Wake | Drain
 
 
 # ---- engine -> handler -------------------------------------------------------------------------
@@ -204,13 +221,31 @@ class Mark(msgspec.Struct, tag="mark"):
     seconds: float
 
 
+class Asleep(msgspec.Struct, tag="asleep"):
+    """The device's memory has been given back."""
+
+    level: SleepLevel
+
+
+class Awake(msgspec.Struct, tag="awake"):
+    """The engine computes again. `seconds` is how long that took; 0 for one that was not asleep."""
+
+    seconds: float
+
+
 class Fatal(msgspec.Struct, tag="fatal"):
     """The engine cannot start, for a reason that starting again will not mend."""
 
     message: str
 
 
-Event = Progress | Ready | StepOutput | Mark | Fatal
+class Broken(msgspec.Struct, tag="broken"):
+    """The engine is about to end, for a reason that starting again may mend."""
+
+    message: str
+
+
+Event = Progress | Ready | StepOutput | Mark | Asleep | Awake | Fatal | Broken
 
 _encoder = msgspec.msgpack.Encoder()
 _command_decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)

@@ -34,6 +34,7 @@ ROOMS = [
     "runtime.parallel",
     "runtime.model",
     "runtime.weights",
+    "runtime.token_stream",
     "runtime.client",
     "runtime.llm",
     "runtime.engine",

@@ -14,7 +14,7 @@ import msgspec
 from runtime.engine.channel import Channel
 from runtime.engine.start import start
 from runtime.errors import FirstlightError
-from runtime.protocol import EngineConfig, Fatal
+from runtime.protocol import Broken, EngineConfig, Fatal
 
 
 def main(arguments: list[str]) -> int:
@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
     channel = Channel(socket.socket(fileno=int(descriptor)))
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         try:
-            engine, ready = start(msgspec.json.decode(config, type=EngineConfig), channel.send)
+            engine, ready, sleeper = start(msgspec.json.decode(config, type=EngineConfig), channel.send)
         except FirstlightError as error:
             channel.send(Fatal(str(error)))
             return 1
@@ -38,7 +38,12 @@ def main(arguments: list[str]) -> int:
         # What the start has made stays; from here on only what comes later needs to be looked through.
         gc.freeze()
         gc.enable()
-        serve(engine, channel)
+        try:
+            serve(engine, sleeper, channel)
+        except FirstlightError as error:
+            print(f"firstlight: {error}", file=sys.stderr, flush=True)
+            channel.send(Broken(str(error)))
+            return 1
     return 0
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from runtime.engine.constraint import Constraint, Masks
 from runtime.engine.grammar import GrammarError, Grammars
@@ -96,10 +97,13 @@ class Engine:
             return f"A token id is out of range: this model's ids go from 0 to {self.vocab_size - 1}."
         return None
 
-    def reset_counters(self) -> None:
-        """Start counting, and numbering requests, from the beginning."""
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """What is done meanwhile is not counted, nor do its requests take numbers from others."""
+        stats, num_submitted = self.stats, self._num_submitted
         self.stats = EngineStats(blocks_total=self.scheduler.blocks.num_blocks)
-        self._num_submitted = 0
+        yield
+        self.stats, self._num_submitted = stats, num_submitted
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Forget these requests and free their blocks."""

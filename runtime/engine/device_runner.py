@@ -8,6 +8,7 @@ which sequences take part, their new blocks, and the tokens of prompts.
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
+from contextlib import AbstractContextManager
 from functools import partial
 
 import numpy as np
@@ -51,6 +52,7 @@ class DeviceRunner:
         max_num_batched_tokens: int,
         max_model_len: int,
         dtype: torch.dtype,
+        cache_memory: AbstractContextManager[None],
     ) -> None:
         config = decoder.config
         device = torch.device("cuda", torch.cuda.current_device())
@@ -63,9 +65,10 @@ class DeviceRunner:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         torch.cuda.set_stream(self._stream)
         shape = (2, num_blocks, config.num_kv_heads, block_size, config.head_dim)
-        self._cache = [
-            LayerCache(*torch.empty(shape, dtype=dtype, device=device)) for _ in range(config.num_layers)
-        ]
+        with cache_memory:
+            self._cache = [
+                LayerCache(*torch.empty(shape, dtype=dtype, device=device)) for _ in range(config.num_layers)
+            ]
         self._table = RequestTable(max_num_seqs, -(-max_model_len // block_size), device)
         self._staging = Staging(device)
         size = max(max_num_seqs, max_num_batched_tokens)

@@ -6,11 +6,15 @@ from runtime import marks
 from runtime.engine.channel import Channel
 from runtime.engine.compiling import Compiling
 from runtime.engine.core import Engine
+from runtime.engine.sleeper import Sleeper
 from runtime.protocol import Abort, Command, Drain, Mark, Submit
 
 
-def serve(engine: Engine, channel: Channel) -> None:
-    """Serve until the handler drains the engine (returns when all is done) or is gone (`EOFError`)."""
+def serve(engine: Engine, sleeper: Sleeper, channel: Channel) -> None:
+    """Serve until the handler drains the engine (returns when all is done) or is gone (`EOFError`).
+
+    Raises `FirstlightError` when the engine cannot go on as it is.
+    """
     draining = False
     first = True
     idle_work = False
@@ -18,11 +22,15 @@ def serve(engine: Engine, channel: Channel) -> None:
     compiling = Compiling(engine.grammars, channel.wake)
     while engine.has_work or compiling.busy or not draining:
         was_busy = engine.has_work
-        for command in channel.receive(wait=not (engine.has_work or idle_work)):
+        has_more = engine.has_work or sleeper.is_falling_asleep or (idle_work and not sleeper.is_asleep)
+        for command in channel.receive(wait=not has_more):
             draining = draining or isinstance(command, Drain)
-            _follow(command, engine, compiling)
+            _follow(command, sleeper, compiling)
         for request in compiling.finished():
-            engine.submit(request)
+            sleeper.take(request)
+        if not (engine.has_work or was_busy) and (sleeper.is_falling_asleep or sleeper.is_asleep):
+            sleeper.advance()
+            continue
         if not (engine.has_work or was_busy):
             if idle_work and (idle_work := engine.runner.use_idle_time()):
                 graphs = marks.since_exec()
@@ -40,12 +48,10 @@ def serve(engine: Engine, channel: Channel) -> None:
             channel.send(Mark("first_token", marks.since_exec()))
 
 
-def _follow(command: Command, engine: Engine, compiling: Compiling) -> None:
-    match command:
-        case Submit() if command.sampling.grammar is not None:
-            compiling.begin(command)
-        case Submit():
-            engine.submit(command)
-        case Abort():
-            compiling.forget(command.request_ids)
-            engine.abort(command.request_ids)
+def _follow(command: Command, sleeper: Sleeper, compiling: Compiling) -> None:
+    if isinstance(command, Submit) and command.sampling.grammar is not None:
+        compiling.begin(command)
+        return
+    if isinstance(command, Abort):
+        compiling.forget(command.request_ids)
+    sleeper.take(command)

@@ -29,6 +29,7 @@ from runtime.weights.upload import DeviceWeights
 
 if TYPE_CHECKING:
     from runtime.engine.core import Engine
+    from runtime.engine.sleeper import Memory, Sleeper
 
 _PROGRESS_INTERVAL_S = 0.1
 
@@ -78,6 +79,7 @@ class Preparation(threading.Thread):
         self._arena: DeviceWeights | None = None
         self._device = _Device(config.device)
         self.device = "cpu"
+        self.driver: Driver | None = None
 
     def run(self) -> None:
         """The thread's work."""
@@ -116,6 +118,7 @@ class Preparation(threading.Thread):
                 raise
         else:
             if arrival.settle():
+                self.weights.gate = OPEN
                 return True
         if self._arena is not None:
             self._arena.close()
@@ -132,7 +135,7 @@ class Preparation(threading.Thread):
         self._mark("plan")
         if gate is OPEN:
             self._send(Progress(phase="load", bytes_total=self.plan.read_bytes, directory=str(directory)))
-        driver = self._device.driver()
+        self.driver = driver = self._device.driver()
         if driver is None:
             native.build()
         else:
@@ -163,7 +166,7 @@ class Preparation(threading.Thread):
         self.marks[name] = marks.since_exec()
 
 
-def start(config: EngineConfig, send: Callable[[Event], None]) -> tuple[Engine, Ready]:
+def start(config: EngineConfig, send: Callable[[Event], None]) -> tuple[Engine, Ready, Sleeper]:
     """Load the model and build its engine. Raises `FirstlightError` for what a person must mend."""
     if config.world_size > 1:
         # Before anything is fetched; one process alone would compute with its share of the weights.
@@ -176,14 +179,17 @@ def start(config: EngineConfig, send: Callable[[Event], None]) -> tuple[Engine, 
     import_torch()
     torch_imported = marks.since_exec()
     from runtime.engine.build import build_engine
+    from runtime.engine.sleeper import Sleeper
 
     if preparation.device == "cuda":
         importlib.import_module("runtime.engine.device_runner")  # with triton, while weights are on their way
     preparation.finish()
     device = preparation.device
+    memory = _memory(preparation, config.world_size)
     engine, dtype = build_engine(
-        config, preparation.directory, preparation.model, preparation.weights.tensors, device
+        config, preparation.directory, preparation.model, preparation.weights.tensors, device, memory
     )
+    sleeper = Sleeper(engine, memory, send)
     ready = Ready(
         device=device,
         dtype=str(dtype).removeprefix("torch."),
@@ -195,4 +201,17 @@ def start(config: EngineConfig, send: Callable[[Event], None]) -> tuple[Engine, 
         marks={**preparation.marks, "torch": torch_imported, "ready": marks.since_exec()},
         counters={"bytes_read": preparation.weights.num_bytes, "kernels_compiled": 0},
     )
-    return engine, ready
+    return engine, ready, sleeper
+
+
+def _memory(preparation: Preparation, num_ranks: int) -> Memory:
+    """What comes and goes with sleep."""
+    weights, driver = preparation.weights, preparation.driver
+    if driver is None:
+        from runtime.engine.host_memory import HostMemory
+
+        assert isinstance(weights, MappedWeights)
+        return HostMemory(weights)
+    from runtime.engine.device_memory import DeviceMemory
+
+    return DeviceMemory(driver, weights if isinstance(weights, DeviceWeights) else None, num_ranks)
