@@ -31,6 +31,7 @@ def main(arguments: list[str]) -> int:
             engine, ready, sleeper = start(msgspec.json.decode(config, type=EngineConfig), channel.send)
         except FirstlightError as error:
             channel.send(Fatal(str(error)))
+            channel.hang_up()
             return 1
         from runtime.engine.loop import serve  # imports torch: not before `start` has done so in its own time
 
@@ -43,6 +44,7 @@ def main(arguments: list[str]) -> int:
         except FirstlightError as error:
             print(f"firstlight: {error}", file=sys.stderr, flush=True)
             channel.send(Broken(str(error)))
+            channel.hang_up()
             return 1
     return 0
 

@@ -27,6 +27,15 @@ class Channel:
         with self._lock:
             self._socket.sendall(frame)
 
+    def hang_up(self) -> None:
+        """Let the other end read all that was sent, before this process ends.
+
+        A socket that is closed with something unread in it takes what it has sent back.
+        """
+        self._socket.shutdown(socket.SHUT_WR)
+        while self._socket.recv(_READ_BYTES):
+            pass
+
     def wake(self) -> None:
         """Make `receive` return, on whatever thread it waits, or the next time it would."""
         os.eventfd_write(self._wake, 1)
