@@ -2,22 +2,30 @@
 
 The engine is a child process at the other end of a socket pair. If it dies, whatever was in flight
 ends with `EngineUnavailable`, and it is started again; if it says that starting again cannot help
-(`Fatal`), the client stays up in the state "failed" and says why.
+(`Fatal`), the client stays up in the state "failed" and says why. An engine that dies in its sleep, or
+was told to leave, is started again by the next request.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import socket
+import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
-from runtime.errors import FirstlightError
-from runtime.processes import EngineProcess, start_engine
+import msgspec
+
+from runtime import marks
 from runtime.protocol import (
     Abort,
+    Asleep,
+    Awake,
     Broken,
     Command,
     Drain,
@@ -29,72 +37,25 @@ from runtime.protocol import (
     Mark,
     Progress,
     Ready,
+    Sleep,
+    SleepLevel,
     StepOutput,
     Submit,
     TokenDelta,
+    Wake,
     decode_event,
     encode_frame,
 )
+from runtime.token_stream import EngineUnavailable, TokenStream
 
-State = Literal["cold", "loading", "warm", "draining", "failed"]
+__all__ = ["EngineClient", "EngineUnavailable", "State", "TokenStream"]
+
+State = Literal["cold", "loading", "warm", "asleep", "waking", "draining", "failed"]
 
 # A start that dies this often in a row without getting ready is not going to succeed by itself.
 MAX_FAILED_STARTS = 4
 _READ_BYTES = 1 << 18
-
-
-class EngineUnavailable(FirstlightError):
-    """The engine died, cannot start or is shutting down. `retry_after` is in seconds."""
-
-    def __init__(self, message: str, retry_after: float = 1.0) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
-class TokenStream(AsyncIterator[TokenDelta]):
-    """The deltas of one submitted request, in order; closing it early aborts the request."""
-
-    def __init__(self, client: EngineClient, request_id: str) -> None:
-        self._client = client
-        self._request_id = request_id
-        self._queue: asyncio.Queue[TokenDelta | EngineUnavailable] = asyncio.Queue()
-        self._finished = False
-
-    async def __anext__(self) -> TokenDelta:
-        if self._finished:
-            raise StopAsyncIteration
-        try:
-            item = await self._queue.get()
-        except asyncio.CancelledError:
-            await self.aclose()
-            raise
-        if isinstance(item, EngineUnavailable):
-            self._finished = True
-            raise item
-        self._finished = item.finish_reason is not None
-        return item
-
-    async def aclose(self) -> None:
-        """Stop listening. The engine is told to forget the request unless it has ended already."""
-        if not self._finished:
-            self._finished = True
-            self._client.abort([self._request_id])
-
-    def take_waiting(self) -> list[TokenDelta]:
-        """The deltas that have arrived already, without waiting; empty when there are none."""
-        waiting: list[TokenDelta] = []
-        while not self._finished and not self._queue.empty():
-            item = self._queue.get_nowait()
-            if isinstance(item, EngineUnavailable):
-                self._queue.put_nowait(item)  # the next __anext__ raises it
-                break
-            self._finished = item.finish_reason is not None
-            waiting.append(item)
-        return waiting
-
-    def put(self, item: TokenDelta | EngineUnavailable) -> None:
-        """Hand over what the engine sent; called by the client alone."""
-        self._queue.put_nowait(item)
+_package_root = str(Path(__file__).resolve().parent.parent)
 
 
 class EngineClient:
@@ -109,80 +70,152 @@ class EngineClient:
         self.marks: dict[str, float] = {}
         self.failure: str | None = None
         self.restarts = 0
-        self._ranks: list[EngineProcess] = []
-        # What one of them said of its end, before it came.
-        self._why: str | None = None
+        self.sleeps = 0
+        self.wakes = 0
+        self.sleep_level: SleepLevel | None = None
+        self.wake_seconds: float | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._socket: socket.socket | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._outbox: list[bytes] = []
         self._streams: dict[str, TokenStream] = {}
         self._changed = asyncio.Event()
         self._directory: Path | None = None
         self._failed_starts = 0
+        self._broken: str | None = None
+        self._called = asyncio.Event()
+        self._leaving = False
 
     # ---- life ----------------------------------------------------------------------------------
 
     def spawn(self) -> None:
-        """Start the engine's processes. Needs no event loop, so it can come before heavy imports."""
-        self._why = None
-        self._ranks = start_engine(self.config)
+        """Start the engine process. Needs no event loop, so it can come before heavy imports."""
+        ours, theirs = socket.socketpair()
+        path = [_package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, **marks.environment(), "PYTHONPATH": os.pathsep.join(path)}
+        arguments = ["--fd", str(theirs.fileno()), msgspec.json.encode(self.config).decode()]
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "runtime.engine", *arguments],
+                pass_fds=[theirs.fileno()],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+            )
+        self._socket = ours
         self._set_state("loading")
 
     @property
     def pid(self) -> int | None:
-        """The process id of rank 0 while there is an engine."""
-        return self._ranks[0].pid if self._ranks else None
+        """The engine's process id while there is such a process."""
+        return self._process.pid if self._process else None
 
-    @property
-    def pids(self) -> list[int]:
-        """The process ids of the engine's ranks while there is such an engine."""
-        return [process.pid for process in self._ranks]
+    async def run(self, at_once: bool = True) -> None:
+        """Read what the engine sends and start it again when it dies, until it fails or is closed.
 
-    async def run(self) -> None:
-        """Read what the engine sends and start it again when it dies, until it fails or is closed."""
-        if not self._ranks:
-            self.spawn()
-        while True:
-            first = await self._read_until_end()
-            await self._reap()
+        An engine that was not spawned before is started now or, if not `at_once`, when it is called.
+        """
+        if at_once:
+            self.call()
+        while self.state not in ("draining", "failed"):
+            if self._socket is None:
+                await self._wait_turn()
+                if self.state not in ("cold", "loading"):
+                    break
+                self.spawn()
+            await self._read_until_end()
+            status = await self._reap()
             if self.state in ("draining", "failed"):
-                self._end_streams(EngineUnavailable(self.failure or "The server is shutting down."))
-                return
-            self._failed_starts = 0 if self.info else self._failed_starts + 1
-            self._note_death(first)
-            if self.state == "failed":
-                return
-            await asyncio.sleep(0 if self._failed_starts == 0 else 0.25 * 2**self._failed_starts)
-            self.restarts += 1
-            self.spawn()
+                break
+            if self._leaving:
+                self._leaving = False
+                self._forget_engine()
+            else:
+                self._note_death(status)
+        self._end_streams(EngineUnavailable(self.failure or "The server is shutting down."))
+
+    async def _wait_turn(self) -> None:
+        """Until an engine is to be started: when it is called, or some time after a start that failed."""
+        if self.state == "cold":
+            await self._called.wait()
+            self._called.clear()
+        elif self._failed_starts:
+            await asyncio.sleep(0.25 * 2**self._failed_starts)
+
+    def call(self) -> None:
+        """Have the engine take requests soon: wake it if it sleeps, start it if there is none."""
+        if self.state == "asleep":
+            self._set_state("waking")
+            self._send(Wake())
+        elif self.state == "cold":
+            self._called.set()
+
+    async def wake(self) -> None:
+        """Like `call`, and wait until it does take requests. Raises `EngineUnavailable` if it fails."""
+        while self.state != "warm":
+            self.call()
+            await self._wait_change()
+
+    async def sleep(self, level: SleepLevel) -> None:
+        """Once nothing runs any more, have the engine give back its memory; return when it has.
+
+        Requests that come meanwhile wait, and wake it again. One that loads does that first. Raises
+        `EngineUnavailable` if the engine ends instead.
+        """
+        if self.state == "cold":
+            return
+        await self.wait_ready()
+        before = self.sleeps
+        self._send(Sleep(level))
+        while self.sleeps == before:
+            if self.info is None:
+                raise EngineUnavailable(self.failure or "The engine ended while it was falling asleep.", 2.0)
+            await self._wait_change()
+
+    def doze_off(self, level: SleepLevel) -> None:
+        """Have the engine sleep if nothing is in flight and nothing comes meanwhile."""
+        if self.state == "warm" and not self._streams:
+            self._send(Sleep(level, when_idle=True))
+
+    def leave(self) -> None:
+        """End the engine once nothing runs any more. What comes from now on starts another."""
+        if self.state in ("warm", "asleep"):
+            self._send(Drain())
+            self._writer = None  # what is sent from here on is for the next engine
+            self._leaving = True
+            self._set_state("cold")
 
     async def close(self, drain_seconds: float) -> None:
         """Let submitted requests finish for at most `drain_seconds`, then end the engine process."""
         if self.state != "failed":
             self._set_state("draining")
             self._send(Drain())
+            self._called.set()
+        process = self._process
+        if process is None:
+            return
         deadline = time.monotonic() + drain_seconds
-        while any(process.poll() is None for process in self._ranks) and time.monotonic() < deadline:
+        while process.poll() is None and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
-        for process in self._ranks:
-            if process.poll() is None:
-                process.kill()
-        for process in self._ranks:
-            await asyncio.to_thread(process.wait)
+        if process.poll() is None:
+            process.kill()
+        await asyncio.to_thread(process.wait)
         if self._writer is not None:
             self._writer.close()
 
     # ---- requests ------------------------------------------------------------------------------
 
-    def submit(self, request: Submit) -> TokenStream:
-        """Queue one sequence; the engine takes it up as soon as it is ready.
+    def submit(self, *requests: Submit) -> TokenStream:
+        """Queue sequences; the engine takes them up as soon as it is ready.
 
         Raises `EngineUnavailable` at once if the engine has failed or is shutting down.
         """
         if self.state in ("failed", "draining"):
             raise EngineUnavailable(self.failure or "The server is shutting down.", retry_after=5.0)
-        stream = TokenStream(self, request.request_id)
-        self._streams[request.request_id] = stream
-        self._send(request)
+        stream = TokenStream(self.abort, [request.request_id for request in requests])
+        self.call()
+        for request in requests:
+            self._streams[request.request_id] = stream
+            self._send(request)
         return stream
 
     def abort(self, request_ids: Iterable[str]) -> None:
@@ -213,6 +246,8 @@ class EngineClient:
     async def _wait_change(self) -> None:
         if self.state == "failed":
             raise EngineUnavailable(self.failure or "The engine could not start.", retry_after=30.0)
+        if self.state == "cold":
+            self.call()
         await self._changed.wait()
 
     def _set_state(self, state: State) -> None:
@@ -233,28 +268,12 @@ class EngineClient:
         else:
             self._writer.write(frame)
 
-    async def _read_until_end(self) -> EngineProcess:
-        """Listen to all ranks until one of them is gone, and end the others; the one that went first."""
-        readers = {asyncio.create_task(self._read(process)): process for process in self._ranks}
-        done, _ = await asyncio.wait(readers, return_when=asyncio.FIRST_COMPLETED)
-        first = min((readers[task] for task in done), key=lambda process: process.rank)
-        status = await asyncio.to_thread(first.wait) if self.state == "draining" else None
-        if status != 0:
-            for process in self._ranks:
-                if process is not first:
-                    process.kill()
-        # What was sent before the end is still there to be read.
-        await asyncio.gather(*readers)
-        self._writer = None
-        return first
-
-    async def _read(self, process: EngineProcess) -> None:
-        """Take what a rank sends until it hangs up. Commands go to rank 0, which passes them on."""
-        reader, writer = await asyncio.open_connection(sock=process.socket)
-        if process.rank == 0:
-            self._writer = writer
-            writer.writelines(self._outbox)
-            self._outbox.clear()
+    async def _read_until_end(self) -> None:
+        assert self._socket is not None
+        reader, writer = await asyncio.open_connection(sock=self._socket)
+        self._writer = writer
+        writer.writelines(self._outbox)
+        self._outbox.clear()
         frames = FrameReader()
         try:
             while data := await reader.read(_READ_BYTES):
@@ -262,8 +281,7 @@ class EngineClient:
                     self._take(decode_event(body))
         except OSError:
             pass  # a killed peer may reset the socket instead of closing it: the same end
-        if process.rank == 0:
-            self._writer = None
+        self._writer = self._socket = None
         writer.close()
 
     def _take(self, event: Event) -> None:
@@ -284,12 +302,28 @@ class EngineClient:
             case Mark():
                 self.marks.setdefault(event.name, event.seconds)
                 self._notify()
-            case Broken():
-                self._why = self._why or event.message
+            case Asleep():
+                self.sleeps += 1
+                self.sleep_level = event.level
+                if self.state == "warm":
+                    # What was submitted while this was on its way wakes the engine.
+                    self.state = "waking" if self._streams else "asleep"
+                self._notify()
+            case Awake():
+                self._note_awake(event.seconds)
             case Fatal():
-                if self.failure is None:
-                    self.failure = event.message
-                    self._set_state("failed")
+                self.failure = event.message
+                self._set_state("failed")
+            case Broken():
+                self._broken = event.message
+
+    def _note_awake(self, seconds: float) -> None:
+        if self.sleep_level is not None:
+            self.wakes += 1
+            self.wake_seconds = seconds
+            self.sleep_level = None
+        if self.state in ("asleep", "waking"):
+            self._set_state("warm")
 
     def _deliver(self, delta: TokenDelta) -> None:
         stream = self._streams.get(delta.request_id)
@@ -301,32 +335,42 @@ class EngineClient:
 
     # ---- death ---------------------------------------------------------------------------------
 
-    async def _reap(self) -> None:
-        for process in self._ranks:
-            try:
-                await asyncio.wait_for(asyncio.to_thread(process.wait), 10)
-            except TimeoutError:
-                process.kill()  # it closed its socket but did not end
-                await asyncio.to_thread(process.wait)
+    async def _reap(self) -> int:
+        assert self._process is not None
+        try:
+            return await asyncio.wait_for(asyncio.to_thread(self._process.wait), 10)
+        except TimeoutError:
+            self._process.kill()  # it closed its socket but did not end
+            return await asyncio.to_thread(self._process.wait)
 
-    def _note_death(self, first: EngineProcess) -> None:
-        when = "while it was serving" if self.info else "while it was starting"
-        whose = "The engine" if len(self._ranks) == 1 else f"Rank {first.rank} of the engine"
-        what = f"{whose} ended {first.ending()} {when}"
-        if self._why is not None:
-            what = f"{self._why.rstrip('.')}. {what}"
-        self.info = None
-        self.stats = EngineStats()
+    def _note_death(self, status: int) -> None:
+        how = f"by signal {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
+        doing = "serving" if self.info else "starting"
+        if self.state in ("asleep", "waking"):
+            doing = self.state
+        ended = f"The engine ended {how} while it was {doing}"
+        if self._broken is not None:
+            ended = self._broken.removesuffix(".")
+        died_asleep = self.state == "asleep"
+        self._failed_starts = 0 if self.info else self._failed_starts + 1
+        self._outbox.clear()
+        self._forget_engine()
         if self._failed_starts >= MAX_FAILED_STARTS:
-            self.failure = f"{what}, {self._failed_starts} times in a row; its own messages are on stderr."
+            self.failure = f"{ended}, {self._failed_starts} times in a row; its own messages are on stderr."
             self._set_state("failed")
         else:
-            self._set_state("loading")
-        self._outbox.clear()
-        print(f"firstlight: {what}", file=sys.stderr, flush=True)
-        self._end_streams(EngineUnavailable(f"{what}; it is being restarted.", 2.0))
+            self.restarts += 1
+            self._set_state("cold" if died_asleep else "loading")
+        print(f"firstlight: the engine process ended {how} while it was {doing}", file=sys.stderr, flush=True)
+        self._end_streams(EngineUnavailable(f"{ended}; it is being restarted.", 2.0))
+
+    def _forget_engine(self) -> None:
+        """What was said of an engine holds no longer."""
+        self.info = self.sleep_level = self._broken = self._process = None
+        self.stats = EngineStats()
+        self._notify()
 
     def _end_streams(self, error: EngineUnavailable) -> None:
-        streams, self._streams = list(self._streams.values()), {}
+        streams, self._streams = set(self._streams.values()), {}
         for stream in streams:
-            stream.put(error)
+            stream.fail(error)

@@ -14,18 +14,16 @@ import msgspec
 
 from runtime.catalogue import ModelSpec
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort", "error", "refused"]
 Phase = Literal["download", "convert", "load", "warmup"]
+SleepLevel = Literal[1, 2]
 
 _LENGTH = struct.Struct("<I")
 MAX_FRAME_BYTES = 1 << 30
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything an engine process needs to know before its first request. Lengths are in tokens.
-
-    With several ranks, a step that takes longer than `stuck_after_s` seconds is taken for one that hangs.
-    """
+    """Everything an engine process needs to know before its first request. Lengths are in tokens."""
 
     model: ModelSpec
     cache_dir: str
@@ -43,7 +41,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0
     rank: int = 0
     world_size: int = 1
-    stuck_after_s: float = 300.0
 
     @classmethod
     def of(cls, model: ModelSpec, cache_dir: str, **given: Any) -> EngineConfig:
@@ -64,12 +61,23 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise TypeError(f"engine settings: {error}") from None
 
 
+class Grammar(msgspec.Struct, frozen=True):
+    """What an answer must look like, in llguidance's own terms: see `runtime.text.grammar`.
+
+    `field` names the part of the request that asked for it, for messages about it.
+    """
+
+    source: str
+    field: str
+
+
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """How one sequence is sampled. Ranges are checked by the handler before they get here.
 
     `temperature` 0 is greedy; `top_k` 0 is off. `stop_token_ids` holds every id that ends the
     sequence, the model's own end-of-sequence ids included unless the request ignores them.
-    `logprobs` None is off, 0 is the chosen token only, n adds the n most likely.
+    `logprobs` None is off, 0 is the chosen token only, n adds the n most likely. With a `grammar` only
+    tokens come that it allows, and tokens that end the sequence only where it may end.
     """
 
     max_tokens: int
@@ -86,6 +94,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
 
 
 # ---- handler -> engine -------------------------------------------------------------------------
@@ -106,11 +115,27 @@ class Abort(msgspec.Struct, tag="abort"):
     request_ids: list[str]
 
 
+class Sleep(msgspec.Struct, tag="sleep", omit_defaults=True):
+    """Once nothing runs any more, give back the device's memory; answered by `Asleep`.
+
+    The weights wait in pinned host memory at level 1, in their files at level 2. Requests that come
+    meanwhile wait, and wake the engine again. With `when_idle` they are served instead, and the engine
+    stays awake; then there is no answer.
+    """
+
+    level: SleepLevel
+    when_idle: bool = False
+
+
+class Wake(msgspec.Struct, tag="wake"):
+    """Take the memory back and the weights in again; answered by `Awake`. A request does the same."""
+
+
 class Drain(msgspec.Struct, tag="drain"):
     """Finish what has been submitted, then exit with status 0."""
 
 
-Command = Submit | Abort | Drain
+Command = Submit | Abort | Sleep | Wake | Drain
 
 
 # ---- engine -> handler -------------------------------------------------------------------------
@@ -153,7 +178,8 @@ class TokenDelta(msgspec.Struct, omit_defaults=True, kw_only=True):
 
     `stop_token_id` is the id that ended a sequence whose `finish_reason` is "stop"; that id is not
     in `token_ids`. `prompt_logprobs` comes once, with the first delta, and starts with None because
-    nothing predicts the first token.
+    nothing predicts the first token. "refused" is a request that cannot be served as it is written, "error"
+    a failure of ours; `error` says why, and `param` which field is at fault.
     """
 
     request_id: str
@@ -164,6 +190,7 @@ class TokenDelta(msgspec.Struct, omit_defaults=True, kw_only=True):
     prompt_logprobs: list[TokenLogprobs | None] = []
     num_cached_tokens: int = 0
     error: str | None = None
+    param: str | None = None
 
 
 class EngineStats(msgspec.Struct, kw_only=True):
@@ -194,6 +221,18 @@ class Mark(msgspec.Struct, tag="mark"):
     seconds: float
 
 
+class Asleep(msgspec.Struct, tag="asleep"):
+    """The device's memory has been given back."""
+
+    level: SleepLevel
+
+
+class Awake(msgspec.Struct, tag="awake"):
+    """The engine computes again. `seconds` is how long that took; 0 for one that was not asleep."""
+
+    seconds: float
+
+
 class Fatal(msgspec.Struct, tag="fatal"):
     """The engine cannot start, for a reason that starting again will not mend."""
 
@@ -206,37 +245,22 @@ class Broken(msgspec.Struct, tag="broken"):
     message: str
 
 
-Event = Progress | Ready | StepOutput | Mark | Fatal | Broken
+Event = Progress | Ready | StepOutput | Mark | Asleep | Awake | Fatal | Broken
 
 _encoder = msgspec.msgpack.Encoder()
 _command_decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
-_commands_decoder: msgspec.msgpack.Decoder[list[Command]] = msgspec.msgpack.Decoder(list[Command])
 _event_decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
-
-
-def frame(body: bytes) -> bytes:
-    """A body as the bytes that go on the socket."""
-    return _LENGTH.pack(len(body)) + body
 
 
 def encode_frame(message: Command | Event) -> bytes:
     """One message as the bytes that go on the socket."""
-    return frame(_encoder.encode(message))
+    body = _encoder.encode(message)
+    return _LENGTH.pack(len(body)) + body
 
 
 def decode_command(body: bytes | memoryview) -> Command:
     """The message in a frame's body, as the engine reads it."""
     return _command_decoder.decode(body)
-
-
-def encode_commands(commands: list[Command]) -> bytes:
-    """Commands as one rank passes them on to another."""
-    return _encoder.encode(commands)
-
-
-def decode_commands(body: bytes) -> list[Command]:
-    """The commands that were passed on."""
-    return _commands_decoder.decode(body)
 
 
 def decode_event(body: bytes | memoryview) -> Event:

@@ -48,6 +48,7 @@ class BaseAnswer:
             "system_fingerprint": None,
         }
         self._head = b"data: " + encode(head)[:-1] + b',"choices":'
+        self._tail = (b',"usage":null' if self._include_usage else b"") + b"}\n\n"
 
     def usage(self) -> dict[str, Any]:
         """How many tokens there are by now; prompts that several choices share count once."""
@@ -64,12 +65,12 @@ class BaseAnswer:
 
     def event(self, choices: bytes, **extra: Any) -> bytes:
         """One event around encoded `choices`, with `extra` fields beside them."""
-        fields = b"".join(b"," + encode(name) + b":" + encode(value) for name, value in extra.items())
         if self._continuous:
-            fields += b',"usage":' + encode(self.usage())
-        elif self._include_usage:
-            fields += b',"usage":null'
-        return self._head + choices + fields + b"}\n\n"
+            extra["usage"] = self.usage()
+        if not extra:
+            return self._head + choices + self._tail
+        fields = b"".join([b"," + encode(name) + b":" + encode(value) for name, value in extra.items()])
+        return self._head + choices + fields + (b"}\n\n" if self._continuous else self._tail)
 
     def last(self) -> bytes:
         """The events after the text: the usage, where it was asked for, and the mark of the end."""

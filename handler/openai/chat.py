@@ -63,6 +63,7 @@ class ChatAnswer(BaseAnswer):
         self._conversation = Conversation(service, request, as_turns(request.messages), tools, self.id)
         self._names: TokenNames | None = None
         self._told_role = False
+        self._plain = not (request.logprobs or request.return_token_ids)
 
     async def prepare(self) -> list[Sequence]:
         """Render and tokenize the messages; one sequence for each of the `n` choices."""
@@ -95,6 +96,10 @@ class ChatAnswer(BaseAnswer):
         return self.event(head + b',"logprobs":null,"finish_reason":null}]', **extra)
 
     def _choice(self, delta: TextDelta, reply: Reply, said: Said) -> bytes:
+        if self._plain and delta.finish_reason is None and not (said.reasoning or said.calls):
+            # What almost every event of almost every stream is.
+            head = b'[{"index":%d,"delta":{"content":' % delta.place
+            return head + encode(said.content) + b'},"logprobs":null,"finish_reason":null}]'
         added: dict[str, Any] = {}
         if said.reasoning:
             added["reasoning_content"] = said.reasoning

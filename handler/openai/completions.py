@@ -66,6 +66,8 @@ class CompletionAnswer(BaseAnswer):
         )
         self.request = request
         self._choices: list[_Choice] = []
+        added = request.echo or request.return_token_ids or request.logprobs is not None
+        self._plain = not added and request.max_tokens != 0
 
     async def prepare(self) -> list[Sequence]:
         """Tokenize the prompts; `n` sequences (or `best_of`) for each of them, in order."""
@@ -117,6 +119,14 @@ class CompletionAnswer(BaseAnswer):
         """One event for each choice that grew or ended."""
         events = []
         for delta in batch:
+            if self._plain and delta.finish_reason is None:
+                # What almost every event of almost every stream is.
+                if delta.text:
+                    head = b'[{"index":%d,"text":' % delta.place + encode(delta.text)
+                    events.append(
+                        self.event(head + b',"logprobs":null,"finish_reason":null,"stop_reason":null}]')
+                    )
+                continue
             choice = self._choices[delta.place].next(delta)
             grew = choice["text"] or choice["logprobs"] or choice.get("token_ids")
             if grew or delta.finish_reason is not None:

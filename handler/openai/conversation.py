@@ -39,10 +39,20 @@ class Reply:
         self._reader = reader
         self._format = call_format
         self._show_reasoning = show_reasoning
-        self.reasoning = ""
         self.reasoning_tokens = 0
-        self.content = ""
         self.calls: list[Call] = []
+        self._reasoning: list[str] = []
+        self._content: list[str] = []
+
+    @property
+    def reasoning(self) -> str:
+        """The reasoning as far as it has come."""
+        return "".join(self._reasoning)
+
+    @property
+    def content(self) -> str:
+        """The text beside reasoning and calls as far as it has come."""
+        return "".join(self._content)
 
     @property
     def reasons(self) -> bool:
@@ -62,8 +72,8 @@ class Reply:
                 said.call(piece)
         if not self._show_reasoning:
             said.reasoning = ""
-        self.reasoning += said.reasoning
-        self.content += said.content
+        self._reasoning.append(said.reasoning)
+        self._content.append(said.content)
         for piece in said.calls:
             if piece.name is not None:
                 assert self._format is not None

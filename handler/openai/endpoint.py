@@ -73,7 +73,7 @@ class Endpoint:
         started = time.perf_counter()
         service = self.service
         outcome = "200"
-        events = EventStream(send)
+        events = EventStream(scope, send)
         answer: Answer | None = None
         try:
             body = await decode_json(await read_body(scope, receive, service.settings.max_request_bytes))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from starlette.types import Send
+from starlette.types import Scope, Send
 
 from handler.asgi import send_headers
+from handler.connection import connection_of
 
 HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
@@ -17,8 +18,9 @@ DONE = b"data: [DONE]\n\n"
 class EventStream:
     """A streamed answer. Nothing is sent, the status included, before the first piece."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, scope: Scope, send: Send) -> None:
         self._send = send
+        self._connection = connection_of(scope)
         self.begun = False
 
     async def _begin(self) -> None:
@@ -29,7 +31,10 @@ class EventStream:
     async def write(self, events: bytes) -> None:
         """Send whole events."""
         await self._begin()
-        await self._send({"type": "http.response.body", "body": events, "more_body": True})
+        if self._connection is not None:
+            await self._connection.write_piece(events)
+        else:
+            await self._send({"type": "http.response.body", "body": events, "more_body": True})
 
     async def comment(self, text: str) -> None:
         """Send a line that clients skip, so that nothing between here and there gives up waiting."""

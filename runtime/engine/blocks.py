@@ -123,6 +123,11 @@ class BlockManager:
         table.block_ids.clear()
         table.num_registered = 0
 
+    def forget_contents(self) -> None:
+        """The memory of all blocks has been given back: nothing can be found in them any more."""
+        self._by_hash.clear()
+        self._hash_of = [None] * self.num_blocks
+
     def _forget(self, block_id: int) -> None:
         digest = self._hash_of[block_id]
         if digest is not None:

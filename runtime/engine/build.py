@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import torch
 
 from runtime.engine.blocks import BlockManager
 from runtime.engine.core import Engine
+from runtime.engine.grammar import Grammars
+from runtime.engine.host_memory import HostMemory
 from runtime.engine.host_runner import HostRunner
 from runtime.engine.memory import block_bytes, cpu_num_blocks, working_bytes
 from runtime.engine.scheduler import Scheduler
+from runtime.engine.sleeper import Memory
 from runtime.engine.step import Runner
 from runtime.errors import FirstlightError
 from runtime.kernels import native
@@ -20,10 +23,7 @@ from runtime.kernels.quantization import Quantization
 from runtime.model.config import ModelConfig
 from runtime.model.decoder import CausalLM, Decoder
 from runtime.model.families import ForeignModel, Model
-from runtime.protocol import EngineConfig, SamplingParams, Submit
-
-if TYPE_CHECKING:
-    from runtime.parallel.group import Group
+from runtime.protocol import EngineConfig
 
 Weights = Mapping[str, tuple[torch.Tensor, ...]]
 # On a CPU a step of this many prompt tokens takes seconds already; a GPU needs many to be busy.
@@ -40,14 +40,15 @@ class SettingError(FirstlightError):
 
 def build_engine(
     config: EngineConfig,
+    directory: Path,
     model: Model | ForeignModel,
     weights: Callable[[], Weights],
     device_type: str,
-    group: Group | None = None,
+    memory: Memory,
 ) -> tuple[Engine, torch.dtype]:
     """The engine on `cpu` or `cuda`, and the dtype it computes in. Raises `FirstlightError`.
 
-    In a group it is this rank's part of the engine, and all ranks must build theirs together.
+    `directory` holds the model's tokenizer; what it can do without while it sleeps lies in `memory`.
     """
     device = _device(device_type)
     dtype = _dtype(config, model.torch_dtype, device)
@@ -55,14 +56,13 @@ def build_engine(
         # With the compiled kernels, which bring their own threads, torch's would only get in the way.
         compiled = isinstance(model, Model) and native.library() is not None
         torch.set_num_threads(1 if compiled else native.default_threads())
-    shape, decoder_for = _load(config, model, weights, device, dtype, group)
+    with memory.derived():
+        shape, decoder_for = _load(config, model, weights, device, dtype)
     max_model_len = _max_model_len(config, shape)
     budget = config.max_num_batched_tokens or _MAX_NUM_BATCHED_TOKENS[device.type]
     _check_budget(config, budget, max_model_len)
     most = config.max_num_seqs * -(-max_model_len // config.block_size)
     num_blocks = _num_blocks(config, shape, device, dtype, budget, most)
-    if group is not None:
-        num_blocks = group.least(num_blocks)
     held = num_blocks * config.block_size
     if held < max_model_len:
         if config.max_model_len is not None:
@@ -71,21 +71,25 @@ def build_engine(
                 "lower it, or give the cache more memory."
             )
         max_model_len = held
-    decoder = decoder_for(max_model_len)
+    with memory.derived():
+        decoder = decoder_for(max_model_len)
     blocks = BlockManager(num_blocks, config.block_size, config.enable_prefix_caching)
     runner: Runner
     if device.type == "cpu":
         runner = HostRunner(decoder, num_blocks, config.block_size, dtype)
+        if isinstance(memory, HostMemory):
+            memory.note_pool(tensor for layer in runner.cache for tensor in (layer.keys, layer.values))
     else:
         from runtime.engine.device_runner import DeviceRunner
 
         runner = DeviceRunner(
-            decoder, num_blocks, config.block_size, config.max_num_seqs, budget, max_model_len, dtype
-        )
+            decoder, num_blocks, config.block_size, config.max_num_seqs, budget, max_model_len, dtype,
+            memory.cache(),
+        )  # fmt: skip
     scheduler = Scheduler(blocks, config.max_num_seqs, budget, config.enable_chunked_prefill)
-    engine = Engine(runner, scheduler, max_model_len, config.seed, decoder.position_base)
-    engine.keeps_fingerprint = group is not None
-    _check_answer(engine)
+    grammars = Grammars(directory, runner.vocab_size)
+    pin_masks = device.type == "cuda"
+    engine = Engine(runner, scheduler, max_model_len, config.seed, grammars, decoder.position_base, pin_masks)
     return engine, dtype
 
 
@@ -95,9 +99,8 @@ def _load(
     weights: Callable[[], Weights],
     device: torch.device,
     dtype: torch.dtype,
-    group: Group | None,
 ) -> tuple[ModelConfig, Callable[[int], CausalLM]]:
-    """The shape of the model, or of a rank's part, and what makes its decoder for a max_model_len."""
+    """The model's shape with its weights in place, and what makes its decoder for a max_model_len."""
     if isinstance(model, Model):
         shape, held = model.config, weights()
         _check_quantization(config.model.quantization, shape.quantization)
@@ -105,8 +108,7 @@ def _load(
             # On a CPU they keep the width of their scales.
             held = dequantize_all(held, shape.quantization, None if device.type == "cpu" else dtype)
         placed = _placed(held, device, dtype)
-        ours = shape if group is None else shape.of_rank(group.world_size)
-        return ours, lambda max_model_len: Decoder(shape, placed, max_model_len, dtype, group)
+        return shape, lambda max_model_len: Decoder(shape, placed, max_model_len, dtype)
     from runtime.model.fallback import FallbackDecoder
 
     decoder = FallbackDecoder(model.directory, model.architecture, device, dtype)
@@ -178,7 +180,7 @@ def _num_blocks(
 ) -> int:
     bytes_per_block = block_bytes(model, config.block_size, dtype)
     if device.type == "cpu":
-        return cpu_num_blocks(config.kv_cache_bytes, bytes_per_block, most, config.world_size)
+        return cpu_num_blocks(config.kv_cache_bytes, bytes_per_block, most)
     room = config.kv_cache_bytes
     if room is None:
         free, total = torch.cuda.mem_get_info(device)
@@ -192,13 +194,3 @@ def _placed(weights: Weights, device: torch.device, dtype: torch.dtype) -> Weigh
     if device.type == "cpu" and native.library() is not None:
         return weights
     return {name: tuple(part.to(device, dtype) for part in parts) for name, parts in weights.items()}
-
-
-def _check_answer(engine: Engine) -> None:
-    """Compute one token before anyone is let in: weights that are not what they should be show here."""
-    sampling = SamplingParams(max_tokens=1, temperature=0.0, logprobs=0)
-    engine.submit(Submit(request_id="canary", prompt_token_ids=[0], sampling=sampling))
-    deltas = engine.step().deltas or engine.step().deltas
-    if not all(abs(entry.logprob) < float("inf") for delta in deltas for entry in delta.logprobs):
-        raise SettingError("The model's first logits are not finite numbers: its weight files are damaged.")
-    engine.reset_counters()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 import threading
@@ -18,6 +19,7 @@ class Channel:
         self._socket = connection
         self._frames = FrameReader()
         self._lock = threading.Lock()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC)
 
     def send(self, event: Event) -> None:
         """Write one event. Raises `OSError` when the handler is gone."""
@@ -25,19 +27,37 @@ class Channel:
         with self._lock:
             self._socket.sendall(frame)
 
-    def check(self, fingerprint: int) -> None:
-        """One process is always of one mind; see `engine/turns.py`."""
+    def hang_up(self) -> None:
+        """Let the other end read all that was sent, before this process ends.
+
+        A socket that is closed with something unread in it takes what it has sent back.
+        """
+        self._socket.shutdown(socket.SHUT_WR)
+        while self._socket.recv(_READ_BYTES):
+            pass
+
+    def wake(self) -> None:
+        """Make `receive` return, on whatever thread it waits, or the next time it would."""
+        os.eventfd_write(self._wake, 1)
 
     def receive(self, wait: bool) -> list[Command]:
-        """The commands that have arrived; with `wait`, at least one. Raises `EOFError` without a handler."""
-        if not wait and not select.select([self._socket], [], [], 0)[0]:
-            return []
+        """The commands that have arrived; with `wait`, at least one, unless `wake` is called.
+
+        Raises `EOFError` without a handler.
+        """
         commands: list[Command] = []
+        woken = False
         while not commands:
-            data = self._socket.recv(_READ_BYTES)
-            if not data:
-                raise EOFError
-            commands = [decode_command(body) for body in self._frames.feed(data)]
-            if not wait:
+            timeout = None if wait and not woken else 0
+            readable, _, _ = select.select([self._socket.fileno(), self._wake], [], [], timeout)
+            if self._wake in readable:
+                os.eventfd_read(self._wake)
+                woken = True
+            if self._socket.fileno() in readable:
+                data = self._socket.recv(_READ_BYTES)
+                if not data:
+                    raise EOFError
+                commands = [decode_command(body) for body in self._frames.feed(data)]
+            elif timeout == 0:
                 break
         return commands

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
+from runtime.engine.constraint import Constraint, Masks
+from runtime.engine.grammar import GrammarError, Grammars
 from runtime.engine.scheduler import Scheduled, Scheduler
 from runtime.engine.sequence import Sequence
 from runtime.engine.step import Launched, Runner
@@ -15,9 +18,12 @@ class Engine:
     """Owns the sequences. Everything it does, it does between two steps, so there are no locks.
 
     A runner that works ahead is given step n + 1 before the tokens of step n are looked at. That a
-    sequence has come to its end is then noticed one step late, and the token too many is dropped.
+    sequence has come to its end is then noticed one step late, and the token too many is dropped. Where a
+    grammar depends on those tokens, step n + 1 is computed up to its logits meanwhile, and masks are made
+    for them while that goes on.
 
-    `position_base` says what is added to the positions of a request whose prompt has that many tokens.
+    `position_base` says what is added to the positions of a request whose prompt has that many tokens;
+    `pin_masks` puts masks where a GPU copies from without waiting.
     """
 
     def __init__(
@@ -26,18 +32,19 @@ class Engine:
         scheduler: Scheduler,
         max_model_len: int,
         seed: int,
+        grammars: Grammars,
         position_base: Callable[[int], int] = lambda num_prompt: 0,
+        pin_masks: bool = False,
     ) -> None:
         self.runner = runner
         self.scheduler = scheduler
         self.max_model_len = max_model_len
         self.vocab_size = runner.vocab_size
         self.seed = seed
+        self.grammars = grammars
+        self._masks = Masks(scheduler.max_num_seqs, self.vocab_size, pin_masks)
         self._position_base = position_base
         self.stats = EngineStats(blocks_total=scheduler.blocks.num_blocks)
-        # What all steps so far computed, in one number, where there are other ranks to compare it with.
-        self.keeps_fingerprint = False
-        self.fingerprint = 0
         self._num_submitted = 0
         self._refused: list[TokenDelta] = []
         self._under_way: deque[tuple[list[Scheduled], Launched]] = deque()
@@ -48,19 +55,33 @@ class Engine:
         return self.scheduler.has_work or bool(self._refused or self._under_way)
 
     def submit(self, request: Submit) -> None:
-        """Queue a request. One that cannot be served costs its sender an error and nobody else anything."""
+        """Queue a request. One that cannot be served costs its sender an error and nobody else anything.
+
+        A grammar that is not compiled yet is compiled here and now.
+        """
         problem = self._problem(request)
         if problem is not None:
-            self._refused.append(
-                TokenDelta(request_id=request.request_id, finish_reason="error", error=problem)
-            )
+            self._refuse(request.request_id, problem)
             return
+        grammar, constraint = request.sampling.grammar, None
+        if grammar is not None:
+            try:
+                constraint = Constraint(self.grammars.matcher(grammar), grammar.field)
+            except GrammarError as error:
+                self._refuse(request.request_id, f"'{grammar.field}' is not valid: {error}", grammar.field)
+                return
         seed = request.sampling.seed
         if seed is None:
             seed = hash((self.seed, self._num_submitted))
         base = self._position_base(len(request.prompt_token_ids))
-        self.scheduler.add(Sequence(request, self._num_submitted, seed, self.max_model_len, base))
+        sequence = Sequence(request, self._num_submitted, seed, self.max_model_len, base)
+        sequence.constraint = constraint
+        self.scheduler.add(sequence)
         self._num_submitted += 1
+
+    def _refuse(self, request_id: str, problem: str, param: str | None = None) -> None:
+        delta = TokenDelta(request_id=request_id, finish_reason="refused", error=problem, param=param)
+        self._refused.append(delta)
 
     def _problem(self, request: Submit) -> str | None:
         prompt = request.prompt_token_ids
@@ -76,10 +97,13 @@ class Engine:
             return f"A token id is out of range: this model's ids go from 0 to {self.vocab_size - 1}."
         return None
 
-    def reset_counters(self) -> None:
-        """Start counting, and numbering requests, from the beginning."""
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """What is done meanwhile is not counted, nor do its requests take numbers from others."""
+        stats, num_submitted = self.stats, self._num_submitted
         self.stats = EngineStats(blocks_total=self.scheduler.blocks.num_blocks)
-        self._num_submitted = 0
+        yield
+        self.stats, self._num_submitted = stats, num_submitted
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Forget these requests and free their blocks."""
@@ -89,21 +113,25 @@ class Engine:
         """Launch one step; once the runner is far enough ahead, say what the oldest under way produced."""
         deltas, self._refused = self._refused, []
         scheduled = self.scheduler.schedule()
+        waiting: Launched | None = None
         if scheduled:
-            self._under_way.append((scheduled, self.runner.launch(scheduled)))
+            launched = self.runner.launch(scheduled)
+            if self._under_way and _follows_grammar(scheduled):
+                waiting = launched
+            else:
+                launched.sample(self._masks.of(_sampling(scheduled)))
+            self._under_way.append((scheduled, launched))
             self.scheduler.launched(scheduled)
-            if self.keeps_fingerprint:
-                self.fingerprint = hash((self.fingerprint, *map(_fingerprint, scheduled)))
         if len(self._under_way) > (self.runner.steps_ahead if scheduled else 0):
             deltas += self._take(*self._under_way.popleft())
+        if waiting is not None:
+            waiting.sample(self._masks.of(_sampling(scheduled)))
         self._count()
         return StepOutput(deltas=deltas, stats=self.stats)
 
     def _take(self, scheduled: list[Scheduled], launched: Launched) -> list[TokenDelta]:
         """What a step that is through means for its sequences."""
         result = launched.result()
-        if self.keeps_fingerprint:
-            self.fingerprint = hash((self.fingerprint, *result.tokens))
         prompt_logprobs = iter(result.prompt_logprobs)
         sampled = iter(zip(result.tokens, result.logprobs, strict=True))
         deltas = []
@@ -137,14 +165,24 @@ class Engine:
             self.stats.prompt_tokens_total += sequence.num_prompt
             self.stats.cached_tokens_total += sequence.num_cached
         self.stats.generated_tokens_total += 1
-        if token_id in sequence.stop_token_ids and num_generated >= sequence.sampling.min_tokens:
+        constraint = sequence.constraint
+        stops = token_id in sequence.stop_token_ids and num_generated >= sequence.sampling.min_tokens
+        if constraint is not None and not (constraint.spent or stops):
+            constraint.accept(token_id)
+        if constraint is not None and constraint.problem is not None:
+            delta.finish_reason, delta.error, delta.param = "refused", constraint.problem, constraint.field
+        elif constraint is not None and constraint.spent:
+            delta.finish_reason = "stop"
+        elif stops:
             delta.finish_reason, delta.stop_token_id = "stop", token_id
         else:
             sequence.token_ids.append(token_id)
             delta.token_ids = [token_id]
             if logprobs is not None:
                 delta.logprobs = [logprobs]
-            if num_generated + 1 >= sequence.max_tokens:
+            if constraint is not None and constraint.complete:
+                delta.finish_reason = "stop"
+            elif num_generated + 1 >= sequence.max_tokens:
                 delta.finish_reason = "length"
         if delta.finish_reason is not None:
             self.scheduler.remove([sequence.request_id])
@@ -158,7 +196,9 @@ class Engine:
         stats.steps_total += 1
 
 
-def _fingerprint(item: Scheduled) -> int:
-    """Of numbers alone: the hashes of texts differ from process to process."""
-    sequence = item.sequence
-    return hash((sequence.order, sequence.slot, item.start, item.num_new, sequence.table.block_ids[-1]))
+def _sampling(scheduled: Iterable[Scheduled]) -> list[Sequence]:
+    return [item.sequence for item in scheduled if item.samples]
+
+
+def _follows_grammar(scheduled: Iterable[Scheduled]) -> bool:
+    return any(item.samples and item.sequence.constraint is not None for item in scheduled)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
-from runtime.engine.step import StepResult
+from runtime.engine.step import StepResult, TokenMasks
 from runtime.kernels.gpu.sampling.logprobs import Logprobs, token_logprobs
 from runtime.protocol import TokenLogprobs
 
@@ -46,27 +47,41 @@ class Scores:
 
 
 @dataclass(slots=True)
-class UnderWay:
-    """A step on the device.
-
-    `order[i]` is the row that samples for the i-th sequence that does; `scored` are the rows that `scores`
-    is about, in its order; `prompts` has one entry for each sequence whose prompt is scored.
-    """
+class Drawn:
+    """The tokens that a step draws, on their way; `scored` are the rows that `scores` is about, in order."""
 
     tokens: torch.Tensor
-    order: list[int]
     done: torch.cuda.Event
     scored: list[int] = field(default_factory=list)
     scores: Scores | None = None
+
+
+@dataclass(slots=True)
+class UnderWay:
+    """A step on the device.
+
+    `draw` begins to sample; `order[i]` is the row that samples for the i-th sequence that does; `prompts`
+    has one entry for each sequence whose prompt is scored.
+    """
+
+    draw: Callable[[TokenMasks | None], Drawn]
+    order: list[int]
     prompts: list[Scores] = field(default_factory=list)
+    drawn: Drawn | None = None
+
+    def sample(self, masks: TokenMasks | None = None) -> None:
+        """Begin to draw the step's tokens; see `Launched.sample`."""
+        self.drawn = self.draw(masks)
 
     def result(self) -> StepResult:
         """Wait for the step and return what it produced."""
-        self.done.synchronize()
-        tokens = self.tokens.tolist()
+        drawn = self.drawn
+        assert drawn is not None
+        drawn.done.synchronize()
+        tokens = drawn.tokens.tolist()
         logprobs: list[TokenLogprobs | None] = [None] * len(tokens)
-        if self.scores is not None:
-            for row, entry in zip(self.scored, self.scores.entries(), strict=True):
+        if drawn.scores is not None:
+            for row, entry in zip(drawn.scored, drawn.scores.entries(), strict=True):
                 logprobs[row] = entry
         return StepResult(
             tokens=[tokens[row] for row in self.order],

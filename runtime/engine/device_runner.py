@@ -8,16 +8,20 @@ which sequences take part, their new blocks, and the tokens of prompts.
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
+from contextlib import AbstractContextManager
+from functools import partial
 
 import numpy as np
 import torch
 
-from runtime.engine.device_results import Scores, UnderWay, to_host
+from runtime.engine.device_results import Drawn, Scores, UnderWay, to_host
 from runtime.engine.device_sampling import DeviceSampler
 from runtime.engine.graphs import DecodeGraphs
 from runtime.engine.request_table import BlockUpdate, RequestTable
 from runtime.engine.scheduler import Scheduled
+from runtime.engine.sequence import Sequence
 from runtime.engine.staging import Staging, to_device
+from runtime.engine.step import TokenMasks
 from runtime.kernels.batch import DeviceBatch
 from runtime.kernels.gpu.attention_decode import decode_workspace, splits_for
 from runtime.kernels.gpu.attention_prefill import (
@@ -28,6 +32,8 @@ from runtime.kernels.gpu.attention_prefill import (
 )
 from runtime.kernels.gpu.attention_tile import Workspace
 from runtime.kernels.gpu.prepare import apply_updates, prepare_decode
+from runtime.kernels.gpu.sampling.parameters import Stages
+from runtime.kernels.gpu.sampling.sampler import Batch
 from runtime.model.decoder import CausalLM
 from runtime.model.layers import LayerCache
 
@@ -46,6 +52,7 @@ class DeviceRunner:
         max_num_batched_tokens: int,
         max_model_len: int,
         dtype: torch.dtype,
+        cache_memory: AbstractContextManager[None],
     ) -> None:
         config = decoder.config
         device = torch.device("cuda", torch.cuda.current_device())
@@ -58,9 +65,10 @@ class DeviceRunner:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         torch.cuda.set_stream(self._stream)
         shape = (2, num_blocks, config.num_kv_heads, block_size, config.head_dim)
-        self._cache = [
-            LayerCache(*torch.empty(shape, dtype=dtype, device=device)) for _ in range(config.num_layers)
-        ]
+        with cache_memory:
+            self._cache = [
+                LayerCache(*torch.empty(shape, dtype=dtype, device=device)) for _ in range(config.num_layers)
+            ]
         self._table = RequestTable(max_num_seqs, -(-max_model_len // block_size), device)
         self._staging = Staging(device)
         size = max(max_num_seqs, max_num_batched_tokens)
@@ -97,7 +105,8 @@ class DeviceRunner:
     @torch.inference_mode()
     def launch(self, scheduled: Rows[Scheduled]) -> UnderWay:
         """Begin to compute what is scheduled; see `Runner.launch`."""
-        decodes = [item for item in scheduled if item.decodes]
+        # The longest first: no long sequence starts its attention when the others are through with theirs.
+        decodes = sorted((item for item in scheduled if item.decodes), key=lambda item: -item.start)
         others = [item for item in scheduled if not item.decodes]
         updates = self._table.block_updates(scheduled)
         samplers = [*decodes, *(item for item in others if item.samples)]
@@ -109,19 +118,28 @@ class DeviceRunner:
         prompts: list[Scores] = []
         if any(item.scores_prompt for item in others):
             prompts, logits = self._score_prompts(len(decodes), others, logits)
-        tokens = self._sampler.sample(logits, rows, lengths, sequences)
+        row_of = {id(item): row for row, item in enumerate(samplers)}
+        order = [row_of[id(item)] for item in scheduled if item.samples]
+        batch, stages = Batch(logits, rows, lengths), self._sampler.stages(sequences)
+        return UnderWay(partial(self._draw, batch, stages, sequences), order, prompts)
+
+    @torch.inference_mode()
+    def _draw(
+        self, batch: Batch, stages: Stages, sequences: Rows[Sequence], masks: TokenMasks | None
+    ) -> Drawn:
+        """Begin to sample what has been launched; `sequences` are those of the batch's rows."""
+        row_masks = None if masks is None else self._sampler.row_masks(sequences, masks)
+        tokens = self._sampler.sample(batch, stages, row_masks)
         scored = [row for row, sequence in enumerate(sequences) if sequence.sampling.logprobs is not None]
         scores = None
         if scored:
             num_top = [sequences[row].sampling.logprobs or 0 for row in scored]
             index = to_device(scored)
-            scores = Scores.of(logits[index], tokens[index], num_top)
-        on_host = to_host(tokens[: len(samplers)])
+            scores = Scores.of(batch.logits[index], tokens[index], num_top)
+        on_host = to_host(tokens[: len(sequences)])
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record(self._stream)
-        row_of = {id(item): row for row, item in enumerate(samplers)}
-        order = [row_of[id(item)] for item in scheduled if item.samples]
-        return UnderWay(on_host, order, done, scored, scores, prompts)
+        return Drawn(on_host, done, scored, scores)
 
     def _decode_only(
         self, decodes: Rows[Scheduled], updates: list[BlockUpdate]

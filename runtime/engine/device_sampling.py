@@ -12,7 +12,16 @@ import torch
 
 from runtime.engine.request_table import RequestTable
 from runtime.engine.sequence import Sequence
-from runtime.kernels.gpu.sampling.parameters import RECORD_WORDS, SamplingTables, Stages, pack
+from runtime.engine.staging import to_device
+from runtime.engine.step import TokenMasks
+from runtime.kernels.gpu.sampling.mask import RowMasks
+from runtime.kernels.gpu.sampling.parameters import (
+    RECORD_WORDS,
+    SamplingTables,
+    Stages,
+    needs_tables,
+    pack,
+)
 from runtime.kernels.gpu.sampling.sampler import Batch, Sampler
 
 _NO_STAGES = Stages()
@@ -26,6 +35,9 @@ class DeviceSampler:
         self._tables = SamplingTables.allocate(num_slots, vocab_size, device)
         self._sampler = Sampler(self._tables, num_slots, vocab_size)
         self._stages = [_NO_STAGES] * num_slots
+        self._num_slots = num_slots
+        self._mask_bits: torch.Tensor | None = None
+        self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def records(self, entering: Rows[Sequence]) -> npt.NDArray[np.int32]:
         """What the device must know of sequences that sample for the first time in their slots."""
@@ -38,9 +50,8 @@ class DeviceSampler:
             return
         self._tables.records[slots] = records.view(-1, RECORD_WORDS)
         for sequence in entering:
-            stages = Stages.of(sequence.sampling)
-            self._stages[sequence.slot] = stages
-            if stages.adjust:
+            self._stages[sequence.slot] = Stages.of(sequence.sampling)
+            if needs_tables(sequence.sampling):
                 # Rare, and large enough to wait for: tables of biases, stops and counts.
                 prompt, generated = (
                     sequence.token_ids[: sequence.num_prompt],
@@ -48,13 +59,29 @@ class DeviceSampler:
                 )
                 self._tables.enter(sequence.slot, sequence.sampling, sequence.seed, prompt, generated)
 
-    def sample(
-        self, logits: torch.Tensor, rows: torch.Tensor, lengths: torch.Tensor, sequences: Rows[Sequence]
-    ) -> torch.Tensor:
-        """One token a row, [R] int32; logits [R, vocab_size], and of each row its slot and length."""
-        stages = reduce(or_, {self._stages[sequence.slot] for sequence in sequences}, _NO_STAGES)
-        tokens = torch.empty(logits.shape[0], dtype=torch.int32, device=logits.device)
-        if logits.shape[0]:
-            batch = Batch(logits, rows, lengths)
-            self._sampler.sample(batch, stages, tokens, self._table.last_token, self._table.seq_len)
+    def stages(self, sequences: Rows[Sequence]) -> Stages:
+        """What sampling for these sequences takes, as long as they are in their slots."""
+        return reduce(or_, {self._stages[sequence.slot] for sequence in sequences}, _NO_STAGES)
+
+    def sample(self, batch: Batch, stages: Stages, masks: RowMasks | None) -> torch.Tensor:
+        """One token a row, [R] int32."""
+        num_rows = batch.logits.shape[0]
+        tokens = torch.empty(num_rows, dtype=torch.int32, device=batch.logits.device)
+        if num_rows:
+            self._sampler.sample(batch, stages, tokens, self._table.last_token, self._table.seq_len, masks)
         return tokens
+
+    def row_masks(self, sequences: Rows[Sequence], masks: TokenMasks) -> RowMasks:
+        """Begin to copy masks to the device, beside whatever it computes; sampling waits for them.
+
+        They are written over those of the step before, which must be through.
+        """
+        num_masks, num_words = masks.bits.shape
+        if self._mask_bits is None:
+            self._mask_bits = torch.empty((self._num_slots, num_words), dtype=torch.int32, device="cuda")
+        bits = self._mask_bits[:num_masks]
+        with torch.cuda.stream(self._copies):
+            bits.copy_(masks.bits, non_blocking=True)
+        torch.cuda.current_stream().wait_stream(self._copies)
+        row_of = {id(sequence): row for row, sequence in enumerate(sequences)}
+        return RowMasks(to_device([row_of[id(sequence)] for sequence in masks.sequences]), bits)

@@ -12,7 +12,7 @@ from runtime.engine.host_decode import DecodeTapes
 from runtime.engine.sampler import sample, token_logprobs
 from runtime.engine.scheduler import Scheduled
 from runtime.engine.sequence import Sequence
-from runtime.engine.step import StepResult
+from runtime.engine.step import StepResult, TokenMasks
 from runtime.kernels.attention import query_tile
 from runtime.kernels.batch import PackedBatch
 from runtime.model.decoder import CausalLM
@@ -20,11 +20,19 @@ from runtime.model.layers import LayerCache
 from runtime.protocol import TokenLogprobs
 
 
-@dataclass(frozen=True, slots=True)
-class _Done:
-    """A step that was through when it was launched."""
+@dataclass(slots=True)
+class _Step:
+    """A step whose logits were there when it was launched; they are used up by sampling."""
 
+    sequences: list[Sequence]
+    logits: torch.Tensor
     step: StepResult
+
+    @torch.inference_mode()
+    def sample(self, masks: TokenMasks | None = None) -> None:
+        """Draw its tokens; see `Launched.sample`."""
+        if self.sequences:
+            _sample(self.logits, self.sequences, masks, self.step)
 
     def result(self) -> StepResult:
         return self.step
@@ -51,7 +59,7 @@ class HostRunner:
         self.tile = query_tile(config.num_heads, config.num_kv_heads, config.head_dim, block_size) or 1
 
     @torch.inference_mode()
-    def launch(self, scheduled: Rows[Scheduled]) -> _Done:
+    def launch(self, scheduled: Rows[Scheduled]) -> _Step:
         """Compute what is scheduled; see `Runner.launch`."""
         logits = self._tapes.logits(scheduled)
         if logits is None:
@@ -67,11 +75,9 @@ class HostRunner:
                 at += 1
             if item.samples:
                 rows.append(at - 1)
-        if rows:
-            if len(rows) != logits.shape[0]:
-                logits = logits[torch.tensor(rows)]
-            _sample(logits, [item.sequence for item in scheduled if item.samples], result)
-        return _Done(result)
+        if len(rows) != logits.shape[0]:
+            logits = logits[torch.tensor(rows, dtype=torch.long)]
+        return _Step([item.sequence for item in scheduled if item.samples], logits, result)
 
     def use_idle_time(self) -> bool:
         """Nothing is left for later on a CPU; see `Runner.use_idle_time`."""
@@ -123,11 +129,13 @@ def _prompt_logprobs(item: Scheduled, logits: torch.Tensor) -> list[TokenLogprob
     return token_logprobs(logits[: len(targets)], targets, sequence.sampling.prompt_logprobs or 0)
 
 
-def _sample(logits: torch.Tensor, sequences: Rows[Sequence], result: StepResult) -> None:
+def _sample(
+    logits: torch.Tensor, sequences: Rows[Sequence], masks: TokenMasks | None, result: StepResult
+) -> None:
     """Draw each sequence's next token; logits [R, vocab_size], row by row theirs, are used up."""
     wanted = [row for row, sequence in enumerate(sequences) if sequence.sampling.logprobs is not None]
     untouched = logits[torch.tensor(wanted, dtype=torch.long)]
-    result.tokens = sample(logits, sequences)
+    result.tokens = sample(logits, sequences, masks)
     result.logprobs = [None] * len(result.tokens)
     for index, row in enumerate(wanted):
         num_top = sequences[row].sampling.logprobs or 0

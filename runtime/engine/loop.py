@@ -4,30 +4,33 @@ from __future__ import annotations
 
 from runtime import marks
 from runtime.engine.channel import Channel
+from runtime.engine.compiling import Compiling
 from runtime.engine.core import Engine
-from runtime.engine.turns import FollowingChannel, LeadingChannel
-from runtime.protocol import Abort, Drain, Mark, Submit
+from runtime.engine.sleeper import Sleeper
+from runtime.protocol import Abort, Command, Drain, Mark, Submit
 
 
-def serve(engine: Engine, channel: Channel | LeadingChannel | FollowingChannel) -> None:
+def serve(engine: Engine, sleeper: Sleeper, channel: Channel) -> None:
     """Serve until the handler drains the engine (returns when all is done) or is gone (`EOFError`).
 
-    Ranks keep step because what is done here follows from what `channel.receive` returns, call by call.
+    Raises `FirstlightError` when the engine cannot go on as it is.
     """
     draining = False
     first = True
     idle_work = False
     graphs: float | None = None
-    while engine.has_work or not draining:
+    compiling = Compiling(engine.grammars, channel.wake)
+    while engine.has_work or compiling.busy or not draining:
         was_busy = engine.has_work
-        for command in channel.receive(wait=not (engine.has_work or idle_work)):
-            match command:
-                case Submit():
-                    engine.submit(command)
-                case Abort():
-                    engine.abort(command.request_ids)
-                case Drain():
-                    draining = True
+        has_more = engine.has_work or sleeper.is_falling_asleep or (idle_work and not sleeper.is_asleep)
+        for command in channel.receive(wait=not has_more):
+            draining = draining or isinstance(command, Drain)
+            _follow(command, sleeper, compiling)
+        for request in compiling.finished():
+            sleeper.take(request)
+        if not (engine.has_work or was_busy) and (sleeper.is_falling_asleep or sleeper.is_asleep):
+            sleeper.advance()
+            continue
         if not (engine.has_work or was_busy):
             if idle_work and (idle_work := engine.runner.use_idle_time()):
                 graphs = marks.since_exec()
@@ -36,7 +39,6 @@ def serve(engine: Engine, channel: Channel | LeadingChannel | FollowingChannel) 
                 graphs = None
             continue
         output = engine.step()
-        channel.check(engine.fingerprint)
         # The last step is told even if it produced nothing: it shows that all blocks are free again.
         if output.deltas or not engine.has_work:
             channel.send(output)
@@ -44,3 +46,12 @@ def serve(engine: Engine, channel: Channel | LeadingChannel | FollowingChannel) 
             first = False
             idle_work = True
             channel.send(Mark("first_token", marks.since_exec()))
+
+
+def _follow(command: Command, sleeper: Sleeper, compiling: Compiling) -> None:
+    if isinstance(command, Submit) and command.sampling.grammar is not None:
+        compiling.begin(command)
+        return
+    if isinstance(command, Abort):
+        compiling.forget(command.request_ids)
+    sleeper.take(command)

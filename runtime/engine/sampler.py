@@ -14,6 +14,8 @@ import torch.nn.functional as F
 
 from runtime.engine.penalties import adjust, needs_adjustment
 from runtime.engine.sequence import Sequence
+from runtime.engine.step import TokenMasks
+from runtime.kernels.token_mask import apply_mask
 from runtime.protocol import TokenLogprobs
 
 # Most nuclei fit into the first of these and nearly all into the second: far cheaper than the vocabulary.
@@ -29,11 +31,14 @@ def uniform(seed: int, position: int) -> float:
     return ((z ^ (z >> 31)) >> 11) / (1 << 53)
 
 
-def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
+def sample(logits: torch.Tensor, sequences: Rows[Sequence], masks: TokenMasks | None = None) -> list[int]:
     """The next token of each sequence; logits [R, vocab_size] float32, row by row theirs, are used up."""
+    mask_of = {} if masks is None else dict(zip(map(id, masks.sequences), masks.bits, strict=True))
     for row, sequence in enumerate(sequences):
         if needs_adjustment(sequence):
             adjust(logits[row], sequence)
+        if id(sequence) in mask_of:
+            apply_mask(logits[row], mask_of[id(sequence)])
     greedy: list[int] = []
     whole: list[int] = []
     narrowed: list[int] = []

@@ -8,6 +8,7 @@ from runtime.engine.blocks import BlockTable
 from runtime.protocol import Submit, TokenLogprobs
 
 if TYPE_CHECKING:
+    from runtime.engine.constraint import Constraint
     from runtime.engine.penalties import PenaltyState
 
 
@@ -19,10 +20,11 @@ class Sequence:
     cache, or will have once the launched steps are through. `order` is the order of arrival, which is also
     the order of precedence. While it runs, a sequence owns one `slot`, a row of the tables on the device;
     `sampled_here` says that its last token was sampled in that slot. `position_base` is what the decoder
-    wants added to its positions.
+    wants added to its positions; `constraint` is there for requests with a grammar.
     """
 
     __slots__ = (
+        "constraint",
         "ended",
         "max_tokens",
         "num_cached",
@@ -64,6 +66,7 @@ class Sequence:
         self.position_base = position_base
         self.table = BlockTable(request.cache_salt, position_base)
         self.penalties: PenaltyState | None = None
+        self.constraint: Constraint | None = None
         self.prompt_logprobs: list[TokenLogprobs | None] = []
         self.prompt_logprobs_left = request.sampling.prompt_logprobs is not None
 

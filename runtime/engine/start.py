@@ -6,52 +6,80 @@ torch. The thread waits in the kernel and in the network, not on Python's lock.
 
 from __future__ import annotations
 
+import importlib
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from runtime import marks
+from runtime.engine.deferred import import_torch
 from runtime.errors import FirstlightError
 from runtime.kernels import native
 from runtime.model.families import ForeignModel, Model, read_model
-from runtime.parallel.ranks import Ranks
 from runtime.protocol import EngineConfig, Event, Progress, Ready
 from runtime.weights import sources
 from runtime.weights.checkpoint import read_checkpoint
 from runtime.weights.cuda_driver import CudaError, Driver
 from runtime.weights.gate import OPEN, Gate
 from runtime.weights.loader import MappedWeights
-from runtime.weights.plan import Plan, check_world_size, make_plan, plan_all
+from runtime.weights.plan import Plan, make_plan, plan_all
 from runtime.weights.upload import DeviceWeights
 
 if TYPE_CHECKING:
     from runtime.engine.core import Engine
+    from runtime.engine.sleeper import Memory, Sleeper
 
 _PROGRESS_INTERVAL_S = 0.1
-# How much longer a sum over all ranks waits for them than the watchdog, which has better words.
-_PATIENCE = 4.0
+
+
+class _Device(threading.Thread):
+    """Finds the GPU and makes its context, which takes a while."""
+
+    def __init__(self, wanted: Literal["auto", "cuda", "cpu"]) -> None:
+        super().__init__(name="device", daemon=True)
+        self._wanted = wanted
+        self._driver: Driver | None = None
+        self._error: CudaError | None = None
+
+    def run(self) -> None:
+        """The thread's work."""
+        if self._wanted == "cpu":
+            return
+        try:
+            self._driver = Driver()
+        except CudaError as error:
+            self._error = error
+
+    def driver(self) -> Driver | None:
+        """The GPU's driver, entered; without a GPU None, or the error if one is required."""
+        self.join()
+        if self._error is not None and self._wanted == "cuda":
+            raise self._error
+        if self._driver is not None:
+            self._driver.enter()
+        return self._driver
 
 
 class Preparation(threading.Thread):
     """Brings the model's files into memory. `finish` waits for it and raises what went wrong."""
 
-    def __init__(self, config: EngineConfig, send: Callable[[Event], None], ranks: Ranks | None) -> None:
+    def __init__(self, config: EngineConfig, send: Callable[[Event], None]) -> None:
         super().__init__(name="preparation", daemon=True)
         self._config = config
         self._send = send
-        self._ranks = ranks
-        self._met = threading.Event()
-        self._driver: Driver | None = None
         self._error: Exception | None = None
         self._last_sent = 0.0
         self.marks: dict[str, float] = {}
+        self.directory: Path
         self.model: Model | ForeignModel
         self.plan: Plan
         self.weights: MappedWeights | DeviceWeights
         self._arena: DeviceWeights | None = None
+        self._device = _Device(config.device)
         self.device = "cpu"
+        self.driver: Driver | None = None
 
     def run(self) -> None:
         """The thread's work."""
@@ -59,14 +87,6 @@ class Preparation(threading.Thread):
             self._prepare()
         except Exception as error:  # whatever it is, `finish` raises it where it can be reported
             self._error = error
-        finally:
-            self._met.set()
-
-    def meet(self) -> None:
-        """Wait until the ranks have met, and know what device they compute on."""
-        self._met.wait()
-        if self._error is not None:
-            self.finish()
 
     def finish(self) -> None:
         """Wait until the weights are in memory."""
@@ -75,18 +95,13 @@ class Preparation(threading.Thread):
             raise self._error
 
     def _prepare(self) -> None:
-        if self._ranks is not None:
-            self._find_device()
-            self._ranks.meet(self.device == "cuda")
-            self._met.set()
+        self._device.start()
         model, cache_dir = self._config.model, Path(self._config.cache_dir)
         directory = sources.locate(model, cache_dir)
         if directory is None:
             arrival = sources.arrive(model, cache_dir, self._fetched)
             directory = arrival.directory
             self.model = read_model(directory)
-            # Before the weights are fetched: what this raises ends the fetch.
-            _check_size(self.model, self._config.world_size)
             if not arrival.ended and self._loaded_as_it_comes(arrival):
                 return
             arrival.settle()
@@ -103,6 +118,7 @@ class Preparation(threading.Thread):
                 raise
         else:
             if arrival.settle():
+                self.weights.gate = OPEN
                 return True
         if self._arena is not None:
             self._arena.close()
@@ -110,8 +126,8 @@ class Preparation(threading.Thread):
 
     def _load(self, directory: Path, gate: Gate) -> None:
         """Plan, and bring the weights into memory as the gate lets their bytes through."""
+        self.directory = directory
         tensors = read_checkpoint(directory, gate)
-        _check_size(self.model, self._config.world_size)
         if isinstance(self.model, ForeignModel):
             self.plan = plan_all(tensors)
         else:
@@ -119,11 +135,12 @@ class Preparation(threading.Thread):
         self._mark("plan")
         if gate is OPEN:
             self._send(Progress(phase="load", bytes_total=self.plan.read_bytes, directory=str(directory)))
-        if self._ranks is None:
-            self._find_device()
-        driver = self._driver
+        self.driver = driver = self._device.driver()
         if driver is None:
             native.build()
+        else:
+            self._mark("device")
+            self.device = "cuda"
         if driver is None or isinstance(self.model, ForeignModel):
             self.weights = MappedWeights(self.plan, gate)
         else:
@@ -131,13 +148,6 @@ class Preparation(threading.Thread):
         self._mark("first_byte")
         self.weights.load(self._loaded if gate is OPEN else lambda done: None)
         self._mark("last_byte")
-
-    def _find_device(self) -> None:
-        wanted = self._config.device
-        self._driver = None if wanted == "cpu" else _driver(required=wanted == "cuda")
-        if self._driver is not None:
-            self._mark("device")
-            self.device = "cuda"
 
     def _loaded(self, done: int) -> None:
         self._progress("load", done, self.weights.num_bytes)
@@ -156,50 +166,30 @@ class Preparation(threading.Thread):
         self.marks[name] = marks.since_exec()
 
 
-def _driver(required: bool) -> Driver | None:
-    """The GPU's driver; without a GPU None, or the error if one is required."""
-    try:
-        return Driver()
-    except CudaError:
-        if required:
-            raise
-        return None
-
-
-def _check_size(model: Model | ForeignModel, world_size: int) -> None:
-    """Refuse a tensor-parallel size that the model cannot be divided by."""
-    if isinstance(model, Model):
-        check_world_size(model.config, world_size)
-    elif world_size > 1:
+def start(config: EngineConfig, send: Callable[[Event], None]) -> tuple[Engine, Ready, Sleeper]:
+    """Load the model and build its engine. Raises `FirstlightError` for what a person must mend."""
+    if config.world_size > 1:
+        # Before anything is fetched; one process alone would compute with its share of the weights.
         raise FirstlightError(
-            f"--tensor-parallel-size {world_size}: {model.architecture} is run through transformers' own "
-            "class, on one device. Start with --tensor-parallel-size 1."
+            f"--tensor-parallel-size {config.world_size}: this version computes on one device. If the model "
+            "fits on it, start with --tensor-parallel-size 1."
         )
-
-
-def start(
-    config: EngineConfig, send: Callable[[Event], None], ranks: Ranks | None = None
-) -> tuple[Engine, Ready]:
-    """Load the model and build its engine, or with `ranks` this rank's part of it.
-
-    Raises `FirstlightError` for what a person must mend.
-    """
-    native.share_cores(config.world_size)
-    preparation = Preparation(config, send, ranks)
+    preparation = Preparation(config, send)
     preparation.start()
-
-    from runtime.engine.build import build_engine
-
+    import_torch()
     torch_imported = marks.since_exec()
-    group = None
-    if ranks is not None:
-        from runtime.parallel.group import enter
+    from runtime.engine.build import build_engine
+    from runtime.engine.sleeper import Sleeper
 
-        preparation.meet()
-        group = enter(ranks, preparation.device, _PATIENCE * config.stuck_after_s)
+    if preparation.device == "cuda":
+        importlib.import_module("runtime.engine.device_runner")  # with triton, while weights are on their way
     preparation.finish()
     device = preparation.device
-    engine, dtype = build_engine(config, preparation.model, preparation.weights.tensors, device, group)
+    memory = _memory(preparation, config.world_size)
+    engine, dtype = build_engine(
+        config, preparation.directory, preparation.model, preparation.weights.tensors, device, memory
+    )
+    sleeper = Sleeper(engine, memory, send)
     ready = Ready(
         device=device,
         dtype=str(dtype).removeprefix("torch."),
@@ -211,4 +201,17 @@ def start(
         marks={**preparation.marks, "torch": torch_imported, "ready": marks.since_exec()},
         counters={"bytes_read": preparation.weights.num_bytes, "kernels_compiled": 0},
     )
-    return engine, ready
+    return engine, ready, sleeper
+
+
+def _memory(preparation: Preparation, num_ranks: int) -> Memory:
+    """What comes and goes with sleep."""
+    weights, driver = preparation.weights, preparation.driver
+    if driver is None:
+        from runtime.engine.host_memory import HostMemory
+
+        assert isinstance(weights, MappedWeights)
+        return HostMemory(weights)
+    from runtime.engine.device_memory import DeviceMemory
+
+    return DeviceMemory(driver, weights if isinstance(weights, DeviceWeights) else None, num_ranks)

@@ -6,8 +6,19 @@ from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
+
 from runtime.engine.scheduler import Scheduled
+from runtime.engine.sequence import Sequence
 from runtime.protocol import TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class TokenMasks:
+    """Which tokens some of a step's sequences may take: bits [N, W] int32 on the host, one bit a token."""
+
+    sequences: Rows[Sequence]
+    bits: torch.Tensor
 
 
 @dataclass(slots=True)
@@ -24,7 +35,11 @@ class StepResult:
 
 
 class Launched(Protocol):
-    """A step under way."""
+    """A step under way, up to its logits."""
+
+    def sample(self, masks: TokenMasks | None = None) -> None:
+        """Begin to draw its tokens: once, before the next step is launched."""
+        ...
 
     def result(self) -> StepResult:
         """Wait for the step and return what it produced."""
@@ -34,7 +49,8 @@ class Launched(Protocol):
 class Runner(Protocol):
     """Carries out steps, in order, on one kind of device.
 
-    `steps_ahead` is how many further steps may be launched before the first one's result is asked for.
+    `steps_ahead` is how many further steps, at most one, may be launched before the first one's result is
+    asked for.
     """
 
     @property

@@ -101,6 +101,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.has_strayed = False
         self._free: defaultdict[tuple[int, torch.dtype], list[torch.Tensor]] = defaultdict(list)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Keep torch from importing Dynamo, a second's work, to tell it to leave this class alone."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from runtime.errors import FirstlightError
+from runtime.errors import FirstlightError, RequestError
 from runtime.protocol import Submit, TokenDelta, TokenLogprobs
 from runtime.text.detokenizer import Detokenizer
 from runtime.text.stops import StopStrings
@@ -82,7 +82,10 @@ class Sequence:
         self._kept: list[TextDelta] = []
 
     def take(self, deltas: Items[TokenDelta]) -> TextDelta:
-        """The text of what the engine sent. Raises `GenerationError` if the engine gave the sequence up."""
+        """The text of what the engine sent.
+
+        Raises `RequestError` for a request that the engine refuses, `GenerationError` if it gave it up.
+        """
         out = TextDelta(self.place)
         for delta in deltas:
             self._take_one(delta, out)
@@ -94,6 +97,8 @@ class Sequence:
         self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
         if delta.prompt_logprobs:
             self.prompt_logprobs = delta.prompt_logprobs
+        if delta.finish_reason == "refused":
+            raise RequestError(delta.error or "The engine refuses this request.", delta.param)
         if delta.finish_reason in ("error", "abort"):
             raise GenerationError(delta.error or "The engine gave this request up.")
         if self._has_stops:

@@ -113,6 +113,10 @@ class Driver:
         """Begin a copy from pinned memory to the device."""
         self.call("cuMemcpyHtoDAsync_v2", c_uint64(target), c_void_p(source), c_size_t(num_bytes), stream)
 
+    def download(self, target: int, source: int, num_bytes: int, stream: c_void_p) -> None:
+        """Begin a copy from the device to pinned memory."""
+        self.call("cuMemcpyDtoHAsync_v2", c_void_p(target), c_uint64(source), c_size_t(num_bytes), stream)
+
     def copy_rows(
         self, target: int, source: int, width: int, rows: int, source_pitch: int, stream: c_void_p
     ) -> None:

@@ -27,11 +27,14 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 class MappedWeights:
-    """The plan's files in memory. Constructing maps them; `load` brings their pages in."""
+    """The plan's files in memory. Constructing maps them; `load` brings their pages in.
+
+    `gate` is what it reads through; it may be changed between two loads.
+    """
 
     def __init__(self, plan: Plan, gate: Gate = OPEN) -> None:
         self.plan = plan
-        self._gate = gate
+        self.gate = gate
         self._maps: dict[Path, mmap.mmap] = {}
         for path in plan.files:
             with os.fdopen(gate.open(path), "rb") as file:
@@ -54,10 +57,15 @@ class MappedWeights:
             _libc.madvise(address, len(mapped), mmap.MADV_WILLNEED)
             for start in range(0, len(mapped), _STRIDE):
                 length = min(_STRIDE, len(mapped) - start)
-                self._gate.wait(path, start, start + length)
+                self.gate.wait(path, start, start + length)
                 _libc.madvise(address + start, length, _MADV_POPULATE_READ)
                 done += length
                 on_progress(done)
+
+    def unload(self) -> None:
+        """Drop every page; those that are touched come back from the files, or all with `load`."""
+        for mapped in self._maps.values():
+            mapped.madvise(mmap.MADV_DONTNEED)
 
     def tensors(self) -> dict[str, tuple[torch.Tensor, ...]]:
         """Each parameter's pieces as views of the mapped files, in the checkpoint's dtype."""

@@ -16,19 +16,24 @@ from runtime.weights.cuda_driver import Driver
 from runtime.weights.gate import OPEN, Gate
 from runtime.weights.native_readers import NativeReaders
 from runtime.weights.plan import Plan, PlannedParameter
+from runtime.weights.virtual_memory import VirtualMemory
 
 if TYPE_CHECKING:
     import torch
 
 
 class DeviceWeights:
-    """The plan's weights in one arena on the device. Constructing allocates it; `load` fills it."""
+    """The plan's weights in one arena on the device. Constructing allocates it; `load` fills it.
+
+    `gate` is what it reads through; it may be changed between two loads.
+    """
 
     def __init__(self, plan: Plan, driver: Driver, gate: Gate = OPEN) -> None:
         self.plan = plan
         self._driver = driver
-        self._gate = gate
-        self.address = driver.allocate(max(1, plan.arena_bytes))
+        self.gate = gate
+        self.memory = VirtualMemory(driver, max(1, plan.arena_bytes))
+        self.address = self.memory.address
 
     @property
     def num_bytes(self) -> int:
@@ -44,15 +49,15 @@ class DeviceWeights:
         library = native_readers.library()
         most = readers.BUFFER_BYTES if library is None else native_readers.CHUNK_BYTES
         # The sort keeps the plan's order of what has the same turn.
-        due = sorted(chunks_of(self.plan, most), key=lambda chunk: self._gate.turn(chunk.file, chunk.start))
+        due = sorted(chunks_of(self.plan, most), key=lambda chunk: self.gate.turn(chunk.file, chunk.start))
         if library is None:
-            readers.upload(due, self.address, self._driver, self._gate, on_progress)
+            readers.upload(due, self.address, self._driver, self.gate, on_progress)
         else:
-            NativeReaders(self._driver, library).upload(due, self.address, self._gate, on_progress)
+            NativeReaders(self._driver, library).upload(due, self.address, self.gate, on_progress)
 
     def close(self) -> None:
         """Give the arena back; no view of it may be used any more."""
-        self._driver.free(self.address)
+        self.memory.close()
 
     def tensors(self) -> dict[str, tuple[torch.Tensor, ...]]:
         """Each parameter as one view of the arena, or as one for each piece, in the checkpoint's dtype."""

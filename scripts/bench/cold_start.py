@@ -8,14 +8,17 @@ tokens of prompt, 32 of answer, which must be the reference's. States:
 
   C3   everything is in the page cache, no process runs
   C2   the weights are not in the page cache, all else is
+  C0   the model is not on this machine: it comes from a stand-in for the Hub, and from one for S3
 
 The limit is measured in turn with the servers: the bare start (a Python that imports torch and, on a
-GPU, puts one number there) and, in C2, the time that the disk takes for the weights.
+GPU, puts one number there) and, in C2, the time that the disk takes for the weights; in C0 the time that
+the stand-in takes for them when they are read in parallel and thrown away.
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import subprocess
 import sys
 import time
@@ -23,6 +26,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from harness import BenchError, answers, checkpoint, machine, page_cache, servers
+from harness.remote import KINDS, Remote
 from harness.report import Report, make_parser, progress, run
 from harness.servers import Server
 from harness.start_clock import Start, clock
@@ -32,7 +36,7 @@ from harness.table import number, spread
 ANSWER_TOKENS = 32
 PAUSE_SECONDS = 0.5
 TIMES = ("listening", "ready", "first_token", "last_token")
-BARE, DISK, LIMIT = "bare start", "disk", "limit"
+BARE, DISK, TRANSFER, LIMIT = "bare start", "disk", "transfer", "limit"
 
 
 def bare_start(device: str) -> float:
@@ -43,8 +47,10 @@ def bare_start(device: str) -> float:
     return time.monotonic() - began
 
 
-def prepare(state: str, files: list[Path]) -> None:
-    """Bring the page cache into the state that is to be measured."""
+def prepare(state: str, files: list[Path], remote: Remote | None) -> None:
+    """Bring the page cache, and the servers' own, into the state that is to be measured."""
+    if remote is not None:
+        remote.forget()
     if state == "C2":
         page_cache.evict(files)
     else:
@@ -54,9 +60,11 @@ def prepare(state: str, files: list[Path]) -> None:
             raise BenchError(f"the page cache holds only {held:.0%} of the weights after reading them")
 
 
-def measure_limits(state: str, device: str, files: list[Path]) -> dict[str, float]:
-    """The limits, in seconds; the disk's only where it matters."""
+def measure_limits(state: str, device: str, files: list[Path], remote: Remote | None) -> dict[str, float]:
+    """The limits, in seconds; the disk's and the network's only where they matter."""
     found = {BARE: bare_start(device)}
+    if remote is not None:
+        found[TRANSFER] = remote.transfer_seconds()
     if state == "C2":
         page_cache.evict(files)
         found[DISK] = page_cache.read(files)
@@ -65,7 +73,11 @@ def measure_limits(state: str, device: str, files: list[Path]) -> dict[str, floa
 
 
 def measure(
-    chosen: list[Server], state: str, options: argparse.Namespace, folder: Path
+    chosen: list[Server],
+    state: str,
+    options: argparse.Namespace,
+    folder: Path,
+    remote: Remote | None = None,
 ) -> tuple[dict[str, list[Start]], dict[str, list[float]]]:
     """The starts of each server, and the limits; both in every run, and each run beginning with another."""
     reference = answers.find(folder).count
@@ -76,10 +88,10 @@ def measure(
     for turn in range(-1, options.runs):
         if turn >= 0:
             progress(f"{state}: run {turn + 1} of {options.runs}")
-        found = measure_limits(state, device, checkpoint.weight_files(folder))
+        found = measure_limits(state, device, checkpoint.weight_files(folder), remote)
         shift = max(turn, 0) % len(chosen)
         for server in chosen[shift:] + chosen[:shift]:
-            prepare(state, server.weight_files)
+            prepare(state, server.weight_files, remote)
             start = clock(server, reference, ANSWER_TOKENS, options.timeout)
             if turn >= 0:
                 starts[server.name].append(start)
@@ -88,6 +100,14 @@ def measure(
             for name, seconds in found.items():
                 limits.setdefault(name, []).append(seconds)
     return starts, limits
+
+
+def measure_remote(report: Report, options: argparse.Namespace, folder: Path) -> None:
+    """C0, from either source."""
+    with Remote(folder, options.device, shlex.split(options.serve_args)) as remote:
+        for kind in KINDS:
+            state = f"C0 {kind}"
+            tabulate(report, state, *measure([remote.server(kind)], state, options, folder, remote))
 
 
 def tabulate(
@@ -135,7 +155,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     servers.add_server_flags(parser)
     parser.add_argument("--runs", type=int, default=5, metavar="N", help="of each state (default: 5)")
-    parser.add_argument("--state", nargs="+", choices=("C2", "C3"), default=["C3"], help="default: C3")
+    parser.add_argument("--state", nargs="+", choices=("C0", "C2", "C3"), default=["C3"], help="default: C3")
     parser.add_argument("--timeout", type=float, default=300.0, metavar="S", help="default: 300")
     options = parser.parse_args()
     folder = servers.model_folder(options.model)
@@ -145,7 +165,10 @@ def main() -> None:
     size = checkpoint.weight_bytes(folder)
     report.data["weight_bytes"] = size
     for state in options.state:
-        tabulate(report, state, *measure(chosen, state, options, folder))
+        if state == "C0":
+            measure_remote(report, options, folder)
+        else:
+            tabulate(report, state, *measure(chosen, state, options, folder))
     report.add_note(f"weights: {number(size / 1e9)} GB")
     report.finish()
 

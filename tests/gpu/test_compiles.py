@@ -21,6 +21,7 @@ from runtime.kernels.gpu.norm import add_rms_norm
 from runtime.kernels.gpu.prepare import apply_updates, prepare_decode
 from runtime.kernels.gpu.rotary import rotary_store
 from runtime.kernels.gpu.sampling.logprobs import token_logprobs
+from runtime.kernels.gpu.sampling.mask import RowMasks
 from runtime.kernels.gpu.sampling.parameters import SamplingTables, Stages
 from runtime.kernels.gpu.sampling.sampler import Batch, Sampler
 
@@ -77,8 +78,9 @@ class Step:
             gemv(x, self.weight, x.clone())
         logits = bf16(size, VOCAB)
         batch = Batch(logits, rows, lengths)
+        masks = RowMasks(words(size), words(MAX_ROWS, VOCAB // 32 + 1)[:size])
         for stages in (Stages(), Stages(draw=True), Stages(True, True, True, True)):
-            self.sampler.sample(batch, stages, tokens, self.last_token, self.seq_len)
+            self.sampler.sample(batch, stages, tokens, self.last_token, self.seq_len, masks)
         token_logprobs(logits, tokens, 3)
 
 

@@ -18,6 +18,7 @@ import pytest
 import uvicorn
 
 from handler.app import create_app
+from handler.connection import Connection
 from handler.listen import listen
 from handler.settings import ServerSettings
 from runtime.catalogue import ModelSpec
@@ -128,7 +129,7 @@ def start(
     port = sock.getsockname()[1]
     app = create_app(engine, chosen)  # type: ignore[arg-type]  # the fake has the client's interface
     server = uvicorn.Server(
-        uvicorn.Config(app, http="h11", lifespan="on", log_config=None, timeout_graceful_shutdown=1)
+        uvicorn.Config(app, http=Connection, lifespan="on", log_config=None, timeout_graceful_shutdown=1)
     )
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[sock])))
     thread.start()

@@ -37,42 +37,39 @@ READY = Ready(
 class FakeStream:
     """What `EngineClient.submit` returns, fed by the fake."""
 
-    def __init__(self, engine: FakeEngine, request_id: str) -> None:
+    def __init__(self, engine: FakeEngine, request_ids: list[str]) -> None:
         self.engine = engine
-        self.request_id = request_id
+        self.running = set(request_ids)
         self.queue: asyncio.Queue[TokenDelta | Exception] = asyncio.Queue()
-        self.finished = False
 
     def __aiter__(self) -> FakeStream:
         return self
 
-    async def __anext__(self) -> TokenDelta:
-        if self.finished:
+    async def __anext__(self) -> list[TokenDelta]:
+        if not self.running and self.queue.empty():
             raise StopAsyncIteration
-        try:
-            item = await self.queue.get()
-        except asyncio.CancelledError:
-            await self.aclose()
-            raise
-        return self.accept(item)
+        items = [await self.queue.get()]
+        while not self.queue.empty():
+            items.append(self.queue.get_nowait())
+        for item in items:
+            if isinstance(item, Exception):
+                self.running.clear()
+                raise item
+        return items  # type: ignore[return-value]  # they are all deltas
 
-    def accept(self, item: TokenDelta | Exception) -> TokenDelta:
-        if isinstance(item, Exception):
-            self.finished = True
-            raise item
-        self.finished = item.finish_reason is not None
-        return item
+    def put(self, delta: TokenDelta) -> None:
+        if delta.finish_reason is not None:
+            self.running.discard(delta.request_id)
+        self.queue.put_nowait(delta)
 
-    def take_waiting(self) -> list[TokenDelta]:
-        waiting = []
-        while not self.finished and not self.queue.empty():
-            waiting.append(self.accept(self.queue.get_nowait()))
-        return waiting
+    def abort(self, request_id: str) -> None:
+        if request_id in self.running:
+            self.running.discard(request_id)
+            self.engine.abort([request_id])
 
-    async def aclose(self) -> None:
-        if not self.finished:
-            self.finished = True
-            self.engine.abort([self.request_id])
+    def close(self) -> None:
+        self.engine.abort(sorted(self.running))
+        self.running.clear()
 
 
 class FakeEngine:
@@ -126,7 +123,7 @@ class FakeEngine:
         """What a crash does to everything in flight."""
 
         def end() -> None:
-            for stream in self.streams.values():
+            for stream in set(self.streams.values()):
                 stream.queue.put_nowait(EngineUnavailable("The engine ended; it is being restarted.", 2.0))
 
         assert self.loop is not None
@@ -156,21 +153,23 @@ class FakeEngine:
             if task.get_coro().__qualname__ == "FakeEngine.run":  # type: ignore[union-attr]
                 task.cancel()
 
-    def submit(self, request: Submit) -> FakeStream:
+    def submit(self, *requests: Submit) -> FakeStream:
         if self.state in ("failed", "draining"):
             raise EngineUnavailable(self.failure or "The server is shutting down.", 5.0)
-        stream = self.streams[request.request_id] = FakeStream(self, request.request_id)
-        self.submitted.append(request)
+        stream = FakeStream(self, [request.request_id for request in requests])
+        for request in requests:
+            self.streams[request.request_id] = stream
+            self.submitted.append(request)
+            if self.state == "warm":
+                self.play(request)
         self.submit_seen.set()
-        if self.state == "warm":
-            self.play(request)
         return stream
 
     def abort(self, request_ids: Any) -> None:
         for request_id in request_ids:
             if self.streams.pop(request_id, None):
                 self.aborted.append(request_id)
-        self.abort_seen.set()
+                self.abort_seen.set()
 
     @property
     def in_flight(self) -> int:
@@ -192,7 +191,7 @@ class FakeEngine:
                 return
             if delta.finish_reason is not None:
                 del self.streams[request_id]
-            stream.queue.put_nowait(delta)
+            stream.put(delta)
             await asyncio.sleep(0)
 
     def spell(self, request: Submit, text: str) -> list[TokenDelta]:

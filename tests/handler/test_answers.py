@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import http.client
+import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from runtime.protocol import Submit, TokenDelta
-from tests.handler.conftest import GREETING, MODEL, Server
+from tests.handler.conftest import GREETING, MODEL, Reply, Server
 from tests.handler.fake_engine import EOS
 
 
@@ -52,6 +55,39 @@ def test_stream_format(server: Server) -> None:
         "stop_reason": None,
     }
     assert "usage" not in last
+
+
+def test_a_client_of_http_1_0_gets_its_stream_without_chunks(server: Server) -> None:
+    body = b'{"messages": [{"role": "user", "content": "Hi"}], "stream": true}'
+    head = b"POST /v1/chat/completions HTTP/1.0\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with (
+        socket.create_connection(("127.0.0.1", server.port), timeout=10) as sock,
+        sock.makefile("rb") as lines,
+    ):
+        sock.sendall(head + body)
+        answer_head, _, rest = lines.read().partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in answer_head.lower()
+    assert "".join(said(event) for event in Reply(200, {}, rest).events) == GREETING
+
+
+def test_whoever_reads_late_still_gets_everything(make_server: Callable[..., Server]) -> None:
+    server = make_server(GREETING * 20)
+    sock = server.open_stream(n=64)
+    sock.settimeout(30)
+    # More than the kernel keeps: the rest has to wait in the server until somebody reads.
+    time.sleep(0.5)
+    with sock, http.client.HTTPResponse(sock) as response:
+        response.begin()
+        events = Reply(200, {}, response.read()).events
+    texts = [""] * 64
+    for event in events:
+        texts[event["choices"][0]["index"]] += said(event)
+    assert texts == [GREETING * 20] * 64
+
+
+def said(event: dict[str, Any]) -> str:
+    """What one event of a chat adds to the text."""
+    return str(event["choices"][0]["delta"].get("content", ""))
 
 
 def test_usage_in_every_event(server: Server) -> None:

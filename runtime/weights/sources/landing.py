@@ -16,9 +16,11 @@ import os
 import threading
 from pathlib import Path
 
+from runtime.weights.sources import transfer
 from runtime.weights.sources.cache import partial_dir
 from runtime.weights.sources.journal import Records, read_manifest
 from runtime.weights.sources.partial import Stopped
+from runtime.weights.sources.selection import is_weight_candidate
 
 _POLL_S = 0.003
 
@@ -41,6 +43,7 @@ class Landing:
         self._lock = threading.Lock()
         self._records: Records | None = None
         self._indices: dict[str, int] = {}
+        self._numbers: dict[str, int] = {}
         # The file behind every name that was opened, as the file system knows it.
         self._opened: dict[str, tuple[int, int]] = {}
 
@@ -74,8 +77,11 @@ class Landing:
             self._pause()
 
     def turn(self, file: Path, start: int) -> tuple[int, int]:
-        """All files come at once, each from its beginning on, as `transfer` orders it."""
-        return start, 0
+        """The order in which the files' bytes are asked for."""
+        with self._lock:
+            if not self._numbers:
+                self._numbers = {name: i for i, name in enumerate(_weights(self._partial))}
+        return transfer.turn(self._numbers.get(file.name, 0), start)
 
     def verified(self) -> bool:
         """Whether every file that was opened is whole and holds what it should."""
@@ -125,3 +131,9 @@ class Landing:
 
 def _identity(found: os.stat_result) -> tuple[int, int]:
     return found.st_dev, found.st_ino
+
+
+def _weights(partial: Path) -> list[str]:
+    """The files with the weights, in the order in which they are brought."""
+    manifest = read_manifest(partial)
+    return [] if manifest is None else [name for name in manifest.chosen if is_weight_candidate(name)]

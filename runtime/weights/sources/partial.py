@@ -11,6 +11,7 @@ from runtime.weights.sources.journal import Journal
 from runtime.weights.sources.remote import RemoteFile
 
 _READ_BYTES = 4 << 20
+_POLL_S = 0.005
 
 
 class Stopped(Exception):
@@ -29,7 +30,7 @@ class PartialFile:
         # Held by the one thread that reads the whole file where the server knows no ranges.
         self.whole = threading.Lock()
         self._journal = journal
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         if os.fstat(self._fd).st_size != file.size:
             # A file of another length than recorded: what the journal says of it cannot be relied on.
@@ -45,36 +46,35 @@ class PartialFile:
     @property
     def complete(self) -> bool:
         """Whether every byte is on the disk."""
-        with self._changed:
+        with self._lock:
             return self._done.total == self.file.size
 
     @property
     def bytes_done(self) -> int:
         """How many bytes are on the disk."""
-        with self._changed:
+        with self._lock:
             return self._done.total
 
     def missing(self, start: int, end: int) -> list[tuple[int, int]]:
         """The ranges within [start, end) that are not on the disk."""
-        with self._changed:
+        with self._lock:
             return self._done.missing(start, end)
 
     def write(self, offset: int, block: bytes) -> None:
-        """Put a block in its place, record it, and wake the verification."""
+        """Put a block in its place and record it."""
         view = memoryview(block)
         written = 0
         while written < len(view):
             written += os.pwrite(self._fd, view[written:], offset + written)
         self._journal.append(self.file.name, offset, len(view))
-        with self._changed:
+        with self._lock:
             self._done.add(offset, offset + len(view))
-            self._changed.notify_all()
 
     def forget(self) -> None:
         """Treat the whole file as missing. What comes instead goes into a new file, so that who has this
         one open for reading can tell.
         """
-        with self._changed:
+        with self._lock:
             self.path.unlink()
             self._journal.forget(self.file.name)
             self._done = self._journal.done(self.file.name)
@@ -98,14 +98,14 @@ class PartialFile:
         return expected is None or digest.hexdigest() == expected
 
     def _wait_beyond(self, position: int, stop: threading.Event) -> int:
-        with self._changed:
-            while True:
-                if stop.is_set():
-                    raise Stopped
+        # Not woken for every block: there are thousands a second, and who wakes wants Python's lock.
+        while True:
+            with self._lock:
                 end = self._done.end_of_run(position)
-                if end > position:
-                    return end
-                self._changed.wait(0.2)
+            if end > position:
+                return end
+            if stop.wait(_POLL_S):
+                raise Stopped
 
 
 def _digest(file: RemoteFile) -> tuple[hashlib._Hash, str | None]:

@@ -28,7 +28,7 @@ from runtime.weights.sources.reference import Reference
 from runtime.weights.sources.remote import RangeReply, RemoteFile, SourceChanged, Transient
 from runtime.weights.sources.selection import SAFETENSORS_INDEX, is_small, is_weight_candidate
 
-_CONNECTIONS = 16
+_CONNECTIONS = 32
 _LATEST = "latest"
 # A source that is rewritten again and again while it is read is given up on.
 _MAX_LISTINGS = 3

@@ -32,7 +32,7 @@ class OfflineEngine:
             sys.path.append(str(ROOT))
         from runtime.client import EngineClient
 
-        self._client: EngineClient = EngineClient(_config(folder, settings))
+        self._client: EngineClient = EngineClient(engine_config(folder, settings))
         self._client.spawn()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -85,10 +85,11 @@ class OfflineEngine:
         submit = Submit(request_id=uuid.uuid4().hex, prompt_token_ids=request.prompt, sampling=sampling)
         token_ids: list[int] = []
         async with slots:
-            async for delta in self._client.submit(submit):
-                if delta.error is not None:
-                    raise BenchError(f"firstlight: {delta.error}")
-                token_ids += delta.token_ids
+            async for deltas in self._client.submit(submit):
+                for delta in deltas:
+                    if delta.error is not None:
+                        raise BenchError(f"firstlight: {delta.error}")
+                    token_ids += delta.token_ids
         return token_ids
 
     def close(self) -> None:
@@ -104,7 +105,8 @@ class OfflineEngine:
         self.close()
 
 
-def _config(folder: Path, settings: dict[str, Any]) -> EngineConfig:
+def engine_config(folder: Path, settings: dict[str, Any]) -> EngineConfig:
+    """The configuration of an engine for this model; `settings` are fields of it."""
     from runtime.catalogue import find_catalogue, load_catalogue
     from runtime.protocol import EngineConfig
     from runtime.weights.sources.cache import default_cache_dir

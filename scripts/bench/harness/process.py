@@ -10,7 +10,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from harness import ROOT, BenchError, client
@@ -29,7 +29,9 @@ def free_port() -> int:
 class ServerProcess:
     """A running server with everything it started; `t0` is the moment just before its execution."""
 
-    def __init__(self, name: str, command: Sequence[str], port: int) -> None:
+    def __init__(
+        self, name: str, command: Sequence[str], port: int, environment: Mapping[str, str] | None = None
+    ) -> None:
         self.name = name
         self.port = port
         self._command = command
@@ -42,6 +44,7 @@ class ServerProcess:
             stdout=self._log,
             stderr=subprocess.STDOUT,
             cwd=ROOT,
+            env={**os.environ, **(environment or {})},
             start_new_session=True,
         )
 

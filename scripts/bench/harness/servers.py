@@ -22,8 +22,8 @@ _HERE = Path(__file__).resolve().parent
 class Server:
     """How to start a server. `{port}` in its command stands for the port to listen on.
 
-    `fields` are put into every request. `lossy` says that its weights, which are in `weight_files`, hold
-    less than the checkpoint's.
+    `fields` are put into every request, `environment` into the server's. `lossy` says that its weights,
+    which are in `weight_files`, hold less than the checkpoint's.
     """
 
     name: str
@@ -33,11 +33,12 @@ class Server:
     weight_files: list[Path] = field(default_factory=list)
     lossy: bool = False
     version: str | None = None
+    environment: dict[str, str] = field(default_factory=dict)
 
     def start(self) -> ServerProcess:
         port = free_port()
         command = [part.replace("{port}", str(port)) for part in self.command]
-        return ServerProcess(self.name, command, port)
+        return ServerProcess(self.name, command, port, self.environment)
 
     def greedy(self, prompt: list[int], max_tokens: int) -> dict[str, object]:
         """The body of a request for exactly `max_tokens` greedy tokens after a prompt of ids."""
@@ -96,15 +97,21 @@ def chosen(options: argparse.Namespace, folder: Path) -> list[Server]:
     return servers
 
 
-def firstlight(folder: Path, device: str, arguments: Sequence[str] = ()) -> Server:
-    """This project's server, as this clone has it."""
-    command = (sys.executable, "-m", "handler", "serve", str(folder), "--port", "{port}")
+def firstlight(
+    folder: Path, device: str, arguments: Sequence[str] = (), source: str | None = None, **others: str
+) -> Server:
+    """This project's server, as this clone has it; `others` are for its environment.
+
+    `source` is where it has the model in `folder` from, if not from there.
+    """
+    command = (sys.executable, "-m", "handler", "serve", source or str(folder), "--port", "{port}")
     return Server(
         "firstlight",
         (*command, "--device", device, *arguments),
         ready_path="/health/ready",
         weight_files=weight_files(folder),
         version=_commit(),
+        environment=others,
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +19,9 @@ from hypothesis import strategies as st
 
 from runtime.engine.blocks import BlockManager
 from runtime.engine.core import Engine
+from runtime.engine.grammar import Grammars
 from runtime.engine.scheduler import Scheduled, Scheduler
-from runtime.engine.step import StepResult
+from runtime.engine.step import StepResult, TokenMasks
 from runtime.protocol import SamplingParams, Submit
 
 VOCAB = 97
@@ -50,6 +52,9 @@ class Promised:
     """A step of the stand-in. Its tokens are made known only when they are asked for."""
 
     tokens: list[int]
+
+    def sample(self, masks: TokenMasks | None = None) -> None:
+        assert masks is None, "nobody here has a grammar"
 
     def result(self) -> StepResult:
         return StepResult(tokens=self.tokens, logprobs=[None] * len(self.tokens))
@@ -104,7 +109,8 @@ def make_engine(
     model = HistoryModel(num_blocks, block_size, steps_ahead, max_num_seqs)
     blocks = BlockManager(num_blocks, block_size, prefix_caching)
     scheduler = Scheduler(blocks, max_num_seqs, budget, chunked)
-    return Engine(model, scheduler, max_model_len, seed=0)
+    no_grammars = Grammars(Path("/nowhere"), VOCAB)
+    return Engine(model, scheduler, max_model_len, 0, no_grammars)
 
 
 def request(name: str, prompt: list[int], max_tokens: int, salt: str = "") -> Submit:
@@ -248,7 +254,7 @@ def test_a_bad_request_costs_nobody_else_anything(prompt: list[int], complaint: 
     while engine.has_work:
         for delta in engine.step().deltas:
             if delta.request_id == "bad":
-                assert delta.finish_reason == "error"
+                assert delta.finish_reason == "refused"
                 errors.append(delta.error or "")
             else:
                 tokens += delta.token_ids

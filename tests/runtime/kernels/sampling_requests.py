@@ -6,13 +6,16 @@ from collections.abc import Sequence
 
 import torch
 
+from runtime.kernels.gpu.sampling.mask import RowMasks
 from runtime.kernels.gpu.sampling.parameters import SamplingTables, Stages
 from runtime.kernels.gpu.sampling.sampler import Batch, Sampler
-from runtime.protocol import SamplingParams
+from runtime.protocol import Grammar, SamplingParams
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HIGHEST = (1 << 64) - 1
 PROMPT = [1, 2, 3]
+# What makes a request one whose logits are masked; the masks are the tests' own.
+SOME_GRAMMAR = Grammar("", "response_format")
 
 
 def asking(**changes: object) -> SamplingParams:
@@ -42,10 +45,11 @@ class Requests:
         vocab_size: int,
         chunk: int,
         generated: Sequence[int] = (),
+        **settings: int,
     ) -> None:
         self.num_slots = len(asked) + 2
         self.tables = SamplingTables.allocate(self.num_slots, vocab_size, DEVICE)
-        self.sampler = Sampler(self.tables, self.num_slots, vocab_size, chunk)
+        self.sampler = Sampler(self.tables, self.num_slots, vocab_size, chunk, **settings)
         self.slots = list(range(len(asked), 0, -1))
         self.stages = Stages()
         for slot, sampling, seed in zip(self.slots, asked, seeds, strict=True):
@@ -60,9 +64,24 @@ class Requests:
         lengths = torch.full((len(slots),), length, dtype=torch.int32, device=DEVICE)
         return Batch(logits.to(DEVICE), torch.tensor(slots, dtype=torch.int32, device=DEVICE), lengths)
 
-    def tokens(self, logits: torch.Tensor, length: int, rows: Sequence[int] | None = None) -> list[int]:
+    def tokens(
+        self,
+        logits: torch.Tensor,
+        length: int,
+        rows: Sequence[int] | None = None,
+        masks: RowMasks | None = None,
+    ) -> list[int]:
         """The token that each row gets; padding shows as -1."""
         tokens = torch.full((len(logits),), -1, dtype=torch.int32, device=DEVICE)
         batch = self.batch(logits, length, rows)
-        self.sampler.sample(batch, self.stages, tokens, self.last_token, self.seq_len)
+        self.sampler.sample(batch, self.stages, tokens, self.last_token, self.seq_len, masks)
         return tokens.tolist()
+
+
+def random_masks(rows: Sequence[int], vocab_size: int, share: float, seed: int = 0) -> RowMasks:
+    """Masks for these rows that leave about that share of the tokens, and one word more than they need."""
+    generator = torch.Generator().manual_seed(seed)
+    num_words = vocab_size // 32 + 2
+    allowed = torch.rand(len(rows), num_words, 32, generator=generator) < share
+    bits = (allowed.long() << torch.arange(32)).sum(-1).to(torch.int32)  # the highest bit is the sign
+    return RowMasks(torch.tensor(rows, dtype=torch.int32, device=DEVICE), bits.to(DEVICE))

@@ -117,10 +117,11 @@ class TestCuts:
             sampling = asking(**cut)
             assert torch.equal(kept_torch(logits, sampling) > 0, kept_by_transformers(logits, sampling)), cut
 
-    def test_kernels_keep_what_transformers_keeps(self, logits: torch.Tensor) -> None:
+    @pytest.mark.parametrize("candidates", [2048, 2], ids=["room for all", "room for two"])
+    def test_kernels_keep_what_transformers_keeps(self, logits: torch.Tensor, candidates: int) -> None:
         asked = [asking(**cut) for cut in CUTS]
         seeds = [seed_for(HIGHEST, LENGTH)] * len(CUTS)
-        requests = Requests(asked, seeds, VOCAB, CHUNK)
+        requests = Requests(asked, seeds, VOCAB, CHUNK, candidates=candidates)
 
         last = requests.tokens(logits.expand(len(CUTS), -1), LENGTH)
 

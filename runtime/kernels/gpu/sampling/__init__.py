@@ -6,6 +6,7 @@ So a request's tokens do not depend on what else is in the batch.
 
     parameters.py   what is kept of each request's sampling parameters, by slot
     adjust.py       penalties, biases and banned tokens
+    mask.py         what grammars rule out
     scan.py         the largest logit of each chunk: all that greedy rows need
     threshold.py    where top-k and top-p cut
     draw.py         one token of those that are left

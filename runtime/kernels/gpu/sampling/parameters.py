@@ -64,11 +64,20 @@ class Stages:
         )
 
 
-def _flags(sampling: SamplingParams) -> int:
-    counted = sampling.repetition_penalty != 1.0 or sampling.presence_penalty or sampling.frequency_penalty
+def needs_tables(sampling: SamplingParams) -> bool:
+    """Whether more than a record is kept of the request: biases, stop tokens or counts."""
     banned = sampling.min_tokens > 0 and sampling.stop_token_ids
-    flags = COUNTED.value if counted else 0
-    return flags | (ADJUSTED.value if counted or banned or sampling.logit_bias else 0)
+    return bool(_counted(sampling) or banned or sampling.logit_bias)
+
+
+def _counted(sampling: SamplingParams) -> bool:
+    penalties = sampling.presence_penalty or sampling.frequency_penalty
+    return bool(sampling.repetition_penalty != 1.0 or penalties)
+
+
+def _flags(sampling: SamplingParams) -> int:
+    adjusted = needs_tables(sampling) or sampling.grammar is not None
+    return (COUNTED.value if _counted(sampling) else 0) | (ADJUSTED.value if adjusted else 0)
 
 
 def pack(sampling: SamplingParams, seed: int, num_prompt: int) -> bytes:

@@ -9,19 +9,22 @@ import triton
 
 from runtime.kernels.gpu.sampling.adjust import adjust_kernel
 from runtime.kernels.gpu.sampling.draw import draw_torch, masses_torch, pick_kernel, weigh_kernel
+from runtime.kernels.gpu.sampling.mask import RowMasks, mask_kernel
 from runtime.kernels.gpu.sampling.parameters import SamplingTables, Stages
 from runtime.kernels.gpu.sampling.scan import best_torch, scan_kernel
+from runtime.kernels.gpu.sampling.settle import collect_kernel, settle_kernel
 from runtime.kernels.gpu.sampling.threshold import (
     BUCKETS,
     PASSES,
     narrow_kernel,
     probability_torch,
-    settle_kernel,
     threshold_torch,
 )
 from runtime.protocol import SamplingParams
 
 _CHUNK = 4096
+# How many tokens that may be the last one kept are looked at side by side.
+_CANDIDATES = 2048
 _WARPS = 8
 # Weighing parts of an interval keeps many numbers at hand: more threads, fewer registers in each.
 _NARROW_WARPS = 16
@@ -46,7 +49,14 @@ class Sampler:
     Nothing is allocated and nothing read back while it runs, so that it can be captured in a CUDA graph.
     """
 
-    def __init__(self, tables: SamplingTables, max_rows: int, vocab_size: int, chunk: int = _CHUNK) -> None:
+    def __init__(
+        self,
+        tables: SamplingTables,
+        max_rows: int,
+        vocab_size: int,
+        chunk: int = _CHUNK,
+        candidates: int = _CANDIDATES,
+    ) -> None:
         device = tables.records.device
         self.tables = tables
         self.vocab_size = vocab_size
@@ -66,6 +76,8 @@ class Sampler:
         self._buckets = torch.empty(
             (2 * max_rows, self.num_chunks, BUCKETS.value), dtype=torch.int64, device=device
         )
+        self._found = torch.zeros(max_rows, dtype=torch.int32, device=device)
+        self._candidates = torch.empty((max_rows, candidates), dtype=torch.int32, device=device)
 
     def sample(
         self,
@@ -74,10 +86,12 @@ class Sampler:
         tokens: torch.Tensor,
         last_token: torch.Tensor,
         seq_len: torch.Tensor,
+        masks: RowMasks | None = None,
     ) -> None:
         """Choose each row's next token and write it to tokens [R] int32.
 
-        `stages` are those that any row asks for. The requests' state moves on (see `prepare.py`):
+        `stages` are those that any row asks for; `masks` are for rows whose requests have a grammar. The
+        requests' state moves on (see `prepare.py`):
         last_token[slot] becomes the token, seq_len[slot] the row's length, and the token is counted where
         penalties want that. The logits stay as they are.
 
@@ -88,6 +102,8 @@ class Sampler:
             raise ValueError(f"{batch.rows.shape[0]} rows to sample; this sampler takes {self._max_rows}")
         if stages.adjust:
             self.adjust(batch)
+        if masks is not None:
+            self.mask(masks)
         self._scan(batch, stages.adjust)
         if stages.draw:
             if stages.top_k:
@@ -126,6 +142,19 @@ class Sampler:
         )
         return self._adjusted[: batch.rows.shape[0], : self.vocab_size]
 
+    def mask(self, masks: RowMasks) -> None:
+        """Rule out, in the adjusted logits, what the masks do."""
+        mask_kernel[self.num_chunks, masks.rows.shape[0]](
+            self._adjusted,
+            self._adjusted.stride(0),
+            masks.rows,
+            masks.bits,
+            masks.bits.stride(0),
+            self.vocab_size,
+            CHUNK=self.chunk,
+            num_warps=_WARPS,
+        )
+
     def _scan(self, batch: Batch, adjust: bool) -> None:
         scan_kernel[self._grid(batch)](
             *self._source(batch),
@@ -159,20 +188,20 @@ class Sampler:
                 BY_COUNT=by_count,
                 num_warps=_NARROW_WARPS,
             )
+        search = self._interval, self._buckets, self._found, self._candidates, num_rows
+        shape = {
+            "PASSES": PASSES,
+            "CAPACITY": self._candidates.shape[1],
+            "CHUNK": self.chunk,
+            "CHUNKS": self._chunks,
+            "ADJUST": adjust,
+            "BY_COUNT": by_count,
+            "num_warps": _WARPS,
+        }
+        source = *self._source(batch), batch.rows, self._best_logit, self._mass
+        collect_kernel[self._grid(batch)](*source, *search, self.vocab_size, **shape)
         settle_kernel[(num_rows,)](
-            self.tables.records,
-            batch.rows,
-            self._mass,
-            self._threshold,
-            self._interval,
-            self._buckets,
-            num_rows,
-            self.num_chunks,
-            self.vocab_size,
-            PASSES=PASSES,
-            CHUNKS=self._chunks,
-            BY_COUNT=by_count,
-            num_warps=1,
+            *source, self._threshold, *search, self.num_chunks, self.vocab_size, **shape
         )
 
     def _weigh(self, batch: Batch, adjust: bool, use_min_p: bool) -> None:

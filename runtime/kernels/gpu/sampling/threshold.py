@@ -4,7 +4,8 @@ Both ask for the smallest t such that the tokens no further than t from the best
 counts them, top-p adds up their probabilities. The bits of the float32 distance are searched, as
 non-negative floats are ordered as their bits are: each pass cuts an interval into BUCKETS parts, weighs
 the tokens in each, and the next pass goes on in the part where the target is reached. After PASSES of
-them the interval is one float wide and the answer exact. Tokens that tie with the last one kept are kept.
+them few tokens are left, among which `settle.py` finds the exact answer. Tokens that tie with the last one
+kept are kept.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from runtime.kernels.gpu.sampling.scan import (
 )
 
 BUCKETS = tl.constexpr(8)
-# The first pass cuts where thresholds are likely, into parts of less than 8^11 floats.
-PASSES = 12
+# The first pass cuts where thresholds are likely. After two more, a part of 128k normally distributed
+# logits holds about 500 of them.
+PASSES = 3
 _LN_2 = tl.constexpr(0.6931471805599453)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 # A probability as a whole number of 2^-40 of the likeliest token's: sums do not depend on their order.
@@ -186,34 +188,6 @@ def narrow_kernel(
                     before = upto
             else:
                 tl.store(out_ptr + tl.arange(0, BUCKETS), tl.full((BUCKETS,), 0, tl.int64))
-
-
-@triton.jit(do_not_specialize=["num_rows", "num_chunks"], do_not_specialize_on_alignment=["rows_ptr"])
-def settle_kernel(
-    records_ptr,
-    rows_ptr,
-    mass_ptr,
-    threshold_ptr,
-    interval_ptr,
-    buckets_ptr,
-    num_rows,
-    num_chunks,
-    vocab_size,
-    PASSES: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    BY_COUNT: tl.constexpr,
-):
-    """Grid (rows): after all passes, the row's threshold."""
-    row = tl.program_id(0).to(tl.int64)
-    slot = tl.load(rows_ptr + row).to(tl.int64)
-    if slot >= 0:
-        if is_cut(records_ptr, slot, vocab_size, BY_COUNT):
-            temperature = parameter_float(records_ptr, slot, TEMPERATURE)
-            target = target_weight(records_ptr, slot, mass_ptr, row, num_chunks, CHUNKS, BY_COUNT)
-            _, high, _, _ = narrow(
-                interval_ptr, buckets_ptr, num_rows, row, num_chunks, PASSES, target, temperature, CHUNKS
-            )
-            tl.store(threshold_ptr + row, high.to(tl.int32))
 
 
 def threshold_torch(distance: torch.Tensor, weight: torch.Tensor, target: int) -> torch.Tensor:

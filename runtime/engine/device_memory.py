@@ -1,0 +1,136 @@
+"""What of an engine's memory on a GPU comes and goes, at addresses that stay as they are.
+
+Tensors that are allocated in a `Pool` lie in memory of this kind, as the weights' arena does. torch has a
+door for that: a pool of its caching allocator may take its memory from functions of one's own
+(https://docs.pytorch.org/docs/stable/notes/cuda.html, "Mixing different CUDA system allocators").
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+
+from runtime.engine.memory import available_bytes
+from runtime.protocol import SleepLevel
+from runtime.weights.cuda_driver import CudaError, Driver
+from runtime.weights.host_copy import HostCopy
+from runtime.weights.upload import DeviceWeights
+from runtime.weights.virtual_memory import VirtualMemory
+
+_ALLOCATE = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
+_FREE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
+# What must be left of the host's memory beside a copy of the weights.
+_HOST_RESERVE_BYTES = 2 << 30
+
+
+class Pool:
+    """torch's allocations within `use`, in memory that can be given back and taken anew."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self.regions: dict[int, VirtualMemory] = {}
+        # torch keeps the bare addresses of these functions, so they must live as long as the pool.
+        self._functions = _ALLOCATE(self._allocate), _FREE(self._free)
+        allocate, free = (ctypes.cast(function, ctypes.c_void_p).value or 0 for function in self._functions)
+        self._allocator = torch._C._cuda_customAllocator(allocate, free)
+        self._pool = torch.cuda.MemPool(self._allocator)
+
+    def _allocate(self, num_bytes: int, device: int, stream: int | None) -> int | None:
+        try:
+            region = VirtualMemory(self._driver, num_bytes)
+        except CudaError:
+            return None  # torch says that memory is short, and how much there is
+        self.regions[region.address] = region
+        return region.address
+
+    def _free(self, address: int, num_bytes: int, device: int, stream: int | None) -> None:
+        self.regions.pop(address).close()
+
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        """What this thread allocates on the device meanwhile lies in the pool."""
+        with torch.cuda.use_mem_pool(self._pool):
+            yield
+
+
+class DeviceMemory:
+    """The weights' arena, what was made of weights while they were loaded, and the KV cache; a `Memory`.
+
+    At level 1 all weights are copied to the host, once. At level 2 the arena is not: the loader fills it
+    again. Nothing of the KV cache is kept. `num_ranks` engine processes share the host's memory.
+    """
+
+    def __init__(self, driver: Driver, weights: DeviceWeights | None, num_ranks: int) -> None:
+        self._weights = weights
+        self._num_ranks = num_ranks
+        self._derived = Pool(driver)
+        self._cache = Pool(driver)
+        self._arenas = [] if weights is None else [weights.memory]
+        self._arena_copy = HostCopy(driver, self._arenas)
+        self._derived_copy: HostCopy | None = None
+        self._driver = driver
+        self._copies_arena = False
+        self._arena_is_copied = False
+
+    def derived(self) -> AbstractContextManager[None]:
+        """See `Memory.derived`."""
+        return self._derived.use()
+
+    def cache(self) -> AbstractContextManager[None]:
+        """See `Memory.cache`."""
+        return self._cache.use()
+
+    def prepare(self, level: SleepLevel, part: int, parts: int) -> None:
+        """Copy a part of the weights; see `Memory.prepare`."""
+        if part == 0:
+            self._driver.enter()
+            self._copies_arena = level == 1 and (self._arena_is_copied or self._fits_host())
+        if self._derived_copy is None:
+            self._derived_copy = HostCopy(self._driver, list(self._derived.regions.values()))
+        self._derived_copy.make(part, parts)
+        if self._copies_arena:
+            try:
+                self._arena_copy.make(part, parts)
+            except (CudaError, OSError) as error:
+                print(f"firstlight: no copy of the weights in host memory: {error}", file=sys.stderr)
+                self._copies_arena = False
+
+    def _fits_host(self) -> bool:
+        """Whether the host has room for the weights; if not, level 2 is as near as one gets to level 1."""
+        needed = self._arena_copy.num_bytes + _HOST_RESERVE_BYTES
+        return available_bytes() // self._num_ranks > needed
+
+    def give_back(self, level: SleepLevel) -> None:
+        """See `Memory.give_back`."""
+        torch.cuda.synchronize()
+        self._arena_is_copied = level == 1 and self._copies_arena
+        if not self._arena_is_copied:
+            self._arena_copy.close()
+        for region in self._regions():
+            region.give_back()
+        torch.cuda.empty_cache()
+
+    def take_back(self) -> None:
+        """See `Memory.take_back`. The cache's memory is mapped while the weights are on their way."""
+        self._driver.enter()
+        for arena in self._arenas:
+            arena.take()
+        if self._arena_is_copied:
+            self._arena_copy.upload()
+        for region in self._derived.regions.values():
+            region.take()
+        assert self._derived_copy is not None
+        self._derived_copy.upload()
+        for region in self._cache.regions.values():
+            region.take()
+        if self._weights is not None and not self._arena_is_copied:
+            self._weights.load(lambda done: None)
+        self._arena_copy.wait()
+        self._derived_copy.wait()
+
+    def _regions(self) -> list[VirtualMemory]:
+        return [*self._arenas, *self._derived.regions.values(), *self._cache.regions.values()]

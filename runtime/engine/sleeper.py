@@ -1,0 +1,138 @@
+"""Falling asleep and waking: when the engine's memory goes, and what its requests do meanwhile."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from runtime.engine import canary
+from runtime.engine.core import Engine
+from runtime.protocol import Abort, Asleep, Awake, Command, Drain, Event, Sleep, SleepLevel, Submit, Wake
+
+# Preparations are made in so many parts, with a look at what has arrived after each. The number is the
+# same for every rank, so that ranks keep step.
+PARTS = 128
+
+
+class Memory(Protocol):
+    """What of an engine's memory comes and goes: the loaded weights and, in these contexts, what is
+    allocated as the engine is built."""
+
+    def derived(self) -> AbstractContextManager[None]:
+        """For what is made of weights and never changes afterwards."""
+        ...
+
+    def cache(self) -> AbstractContextManager[None]:
+        """For what need not outlive a sleep."""
+        ...
+
+    def prepare(self, level: SleepLevel, part: int, parts: int) -> None:
+        """Make part number `part` of `parts` of what has to be done while the memory is still there."""
+        ...
+
+    def give_back(self, level: SleepLevel) -> None:
+        """Give the memory back; everything has been prepared. From level 1, go on to level 2."""
+        ...
+
+    def take_back(self) -> None:
+        """Take the memory again, at the same addresses, with the weights in it."""
+        ...
+
+
+class Sleeper:
+    """One engine's sleep. All commands to an engine pass here."""
+
+    def __init__(self, engine: Engine, memory: Memory, send: Callable[[Event], None]) -> None:
+        self._level: SleepLevel | None = None
+        self._engine = engine
+        self._memory = memory
+        self._send = send
+        self._canary = canary.ask(engine)
+        self._wanted: Sleep | None = None
+        self._part = 0
+        self._held: list[Submit] = []
+
+    @property
+    def is_asleep(self) -> bool:
+        """Whether the engine is without its memory."""
+        return self._level is not None
+
+    @property
+    def is_falling_asleep(self) -> bool:
+        """Whether `advance` has something to do as soon as the engine has nothing."""
+        return self._wanted is not None
+
+    def take(self, command: Command) -> None:
+        """Do as one is told; requests go on to the engine. Raises `FirstlightError` if it cannot wake."""
+        match command:
+            case Submit():
+                self._submit(command)
+            case Abort():
+                self._abort(command)
+            case Sleep():
+                self._fall_asleep(command)
+            case Wake():
+                self._wake()
+            case Drain():
+                self._stay_awake()
+
+    def _submit(self, request: Submit) -> None:
+        """Pass a request on to the engine, which is woken for it if need be."""
+        if self._wanted is not None and not self._wanted.when_idle:
+            self._held.append(request)
+            return
+        self._wanted = None
+        if self._level is not None:
+            self._wake()
+        self._engine.submit(request)
+
+    def _abort(self, command: Abort) -> None:
+        """Forget these requests, wherever they are."""
+        self._held = [request for request in self._held if request.request_id not in command.request_ids]
+        self._engine.abort(command.request_ids)
+
+    def _fall_asleep(self, command: Sleep) -> None:
+        """Begin to fall asleep, which `advance` goes on with."""
+        if self._level is not None:
+            if command.level > self._level:
+                self._memory.give_back(command.level)
+                self._level = command.level
+            self._send(Asleep(self._level))
+        elif self._wanted is None or not command.when_idle:
+            self._wanted, self._part = command, 0
+
+    def advance(self) -> None:
+        """Do a little of what is to be done before the memory can go, and in the end let it go."""
+        if self._wanted is None:
+            return
+        level = self._wanted.level
+        self._memory.prepare(level, self._part, PARTS)
+        self._part += 1
+        if self._part < PARTS:
+            return
+        self._engine.scheduler.blocks.forget_contents()
+        self._memory.give_back(level)
+        self._level, self._wanted = level, None
+        self._send(Asleep(level))
+        if self._held:
+            self._wake()
+
+    def _wake(self) -> None:
+        """Take the memory back, or give up falling asleep. Raises `CanaryError` if weights were damaged."""
+        began = time.monotonic()
+        was_asleep = self.is_asleep
+        if was_asleep:
+            self._memory.take_back()
+            self._level = None
+            canary.check(self._engine, self._canary)
+        self._send(Awake(time.monotonic() - began if was_asleep else 0.0))
+        self._stay_awake()
+
+    def _stay_awake(self) -> None:
+        """Give up falling asleep, and let those on who wait for that."""
+        self._wanted = None
+        held, self._held = self._held, []
+        for request in held:
+            self._engine.submit(request)

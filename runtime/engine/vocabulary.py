@@ -1,0 +1,69 @@
+"""The model's vocabulary as llguidance takes it, whatever format the model's tokenizer has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runtime.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
+
+# What hardly any vocabulary joins with what follows, so that a text behind it is cut as it is alone.
+_BREAK = "\n"
+
+
+def read_vocabulary(directory: Path, vocab_size: int) -> LLTokenizer:
+    """The vocabulary of the model in a folder, of as many ids as the model has logits, and one more.
+
+    That one stands for the end: a mask has its bit where the answer may end. Which ids end a sequence is
+    each request's own affair, so all of the model's ids are ordinary here, or special.
+    """
+    from llguidance import LLTokenizer
+
+    tokenizer = Tokenizer.load(directory)
+    tokens = [tokenizer.token_bytes(index) for index in range(vocab_size)]
+    special = sorted(index for index in tokenizer.special_ids if index < vocab_size)
+    vocabulary: LLTokenizer | None = None
+
+    def greedily(text: str) -> list[int]:
+        assert vocabulary is not None  # nothing is tokenized while the vocabulary is being built
+        return vocabulary.greedy_tokenize(text)
+
+    vocabulary = LLTokenizer(_Wrapper(tokenizer, tokens, special, greedily))  # type: ignore[arg-type]
+    return vocabulary
+
+
+class _Wrapper:
+    """What `LLTokenizer` asks for: the tokens, and how a text that a grammar forces is spelled in them."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(
+        self, tokenizer: Tokenizer, tokens: list[bytes], special: list[int], greedily: Callable[[str], Any]
+    ) -> None:
+        self.tokens = [*tokens, b""]
+        self.eos_token_id = len(tokens)
+        self.special_token_ids = special
+        self._tokenizer = tokenizer
+        self._greedily = greedily
+
+    def __call__(self, text: str) -> list[int]:
+        """The tokens that the model would write the text with. They add up to exactly that text."""
+        for before in ("", _BREAK):
+            ids = self._encode(before + text)
+            spelled = [self.tokens[index] for index in ids]
+            # Many sentencepiece vocabularies put a space in front of any text.
+            lead = len(b"".join(spelled)) - len(text.encode())
+            while lead > 0 and spelled:
+                lead -= len(spelled.pop(0))
+            if lead == 0 and b"".join(spelled) == text.encode():
+                return ids[len(ids) - len(spelled) :]
+        return list(self._greedily(text))
+
+    def _encode(self, text: str) -> list[int]:
+        ids = self._tokenizer.encode(text, add_special_tokens=False, parse_special=False)
+        return ids if all(index < self.eos_token_id for index in ids) else []

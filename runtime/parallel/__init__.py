@@ -1,1 +1,0 @@
-"""Tensor parallelism: how the ranks of one engine find each other, keep step and add up what they compute."""
