@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import resource
 import socket
 import sys
 from types import FrameType
@@ -23,8 +24,16 @@ from runtime.client import EngineClient, EngineUnavailable
 _COLLECT_AFTER = 20_000
 
 
+# As many connections as are ever wanted at once; each is an open file, and often 1,024 are allowed at first.
+_OPEN_FILES = 65_536
+
+
 def serve(client: EngineClient, settings: ServerSettings, sock: socket.socket) -> int:
     """Serve until a signal or the engine's final failure; return the exit status."""
+    allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if most == resource.RLIM_INFINITY else min(most, _OPEN_FILES)
+    if wanted > allowed != resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
     config = uvicorn.Config(
         create_app(client, settings),
         http=Connection,
