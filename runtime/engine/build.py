@@ -81,7 +81,9 @@ def build_engine(
             memory.note_pool(tensor for layer in runner.cache for tensor in (layer.keys, layer.values))
     else:
         from runtime.engine.device_runner import DeviceRunner
+        from runtime.kernels.gpu import cache
 
+        cache.prepare()
         runner = DeviceRunner(
             decoder, num_blocks, config.block_size, config.max_num_seqs, budget, max_model_len, dtype,
             memory.cache(),

@@ -18,12 +18,13 @@ class CanaryError(FirstlightError):
 
 
 def ask(engine: Engine) -> TokenLogprobs:
-    """The likeliest token after token 0. Raises `CanaryError` if that is not a number.
+    """The likeliest token after a few of token 0. Raises `CanaryError` if that is not a number.
 
     The engine must have nothing to do, and counts nothing of this.
     """
+    prompt = [0] * min(engine.runner.usual_prompt, engine.max_model_len - 1)
     with engine.uncounted():
-        engine.submit(Submit(request_id="canary", prompt_token_ids=[0], sampling=_SAMPLING))
+        engine.submit(Submit(request_id="canary", prompt_token_ids=prompt, sampling=_SAMPLING))
         entries = []
         while engine.has_work:
             entries += [entry for delta in engine.step().deltas for entry in delta.logprobs]

@@ -41,7 +41,7 @@ from runtime.model.layers import LayerCache
 class DeviceRunner:
     """The model, its paged cache and its requests' state on one GPU; a `Runner`."""
 
-    steps_ahead = 1
+    usual_prompt = 64
 
     def __init__(
         self,
@@ -83,6 +83,7 @@ class DeviceRunner:
         self._workspace = self._allocate_workspace(max_num_seqs, dtype, device)
         self._sampler = DeviceSampler(self._table, max_num_seqs, config.vocab_size, device)
         self.graphs = DecodeGraphs(max_num_seqs, self._decode)
+        self._has_decoded = False
 
     def _allocate_workspace(self, max_num_seqs: int, dtype: torch.dtype, device: torch.device) -> Workspace:
         config = self._config
@@ -101,6 +102,11 @@ class DeviceRunner:
 
     def _decode_splits(self, batch: int) -> int:
         return splits_for(batch, self._config.num_kv_heads, self._max_model_len, self._num_sms)
+
+    @property
+    def steps_ahead(self) -> int:
+        """1, but nothing goes ahead of the first token: the first decode loads its kernels."""
+        return int(self._has_decoded)
 
     @torch.inference_mode()
     def launch(self, scheduled: Rows[Scheduled]) -> UnderWay:
@@ -144,18 +150,19 @@ class DeviceRunner:
     def _decode_only(
         self, decodes: Rows[Scheduled], updates: list[BlockUpdate]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """One token for each sequence, from a graph if there may be one: slots, lengths, logits, padded."""
-        size, is_new = len(decodes), False
+        """One token for each sequence, from a graph if there is one: slots, lengths, logits, padded."""
+        self._has_decoded = True
+        size = len(decodes)
         if self.decoder.capturable:
-            size, is_new = self.graphs.choose(size)
-        if is_new:
-            self._capture(size)
+            if (due := self.graphs.due(size)) is not None:
+                self._capture(due)
+            size = self.graphs.size_for(size)
         slots = [item.sequence.slot for item in decodes] + [-1] * (size - len(decodes))
         rows, new_blocks, count = self._staging.send([slots, np.array(updates, np.int32), [len(updates)]])
         self._rows[:size].copy_(rows)
         self._num_updates.copy_(count)
         self._updates.view(-1)[: len(new_blocks)].copy_(new_blocks)
-        logits = self.graphs.replay(size) if self.decoder.capturable else self._decode(size)
+        logits = self.graphs.run(size) if self.decoder.capturable else self._decode(size)
         return self._rows[:size], self._seq_lens[:size], logits
 
     def _capture(self, size: int) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import torch
 
-# A capture holds up the stream that needs it for some tens of milliseconds.
+# A capture keeps the host busy for some hundredths of a second. While requests wait for tokens there is
+# this much between two, and before the first: by then the first tokens of a start are on their way.
 _STEPS_BETWEEN_CAPTURES = 16
 
 
@@ -23,7 +24,8 @@ class DecodeGraphs:
         self._forward = forward
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle()
-        self._since_capture = _STEPS_BETWEEN_CAPTURES
+        self._warm: set[int] = set()
+        self._since_capture = 0
 
     @staticmethod
     def sizes(max_size: int) -> list[int]:
@@ -35,29 +37,37 @@ class DecodeGraphs:
         """The smallest size that has not been captured; None when all have."""
         return next((size for size in self._sizes if size not in self._graphs), None)
 
-    def choose(self, size: int) -> tuple[int, bool]:
-        """The batch size to run `size` sequences with, and whether it must be captured first.
+    def size_for(self, size: int) -> int:
+        """The batch size to run `size` sequences with.
 
-        While traffic flows, captures are kept apart: until the next one is due, a larger graph will do.
+        That is the next size that gets a graph; until it has one, a larger one with a graph if there is any.
+        """
+        at = bisect_left(self._sizes, size)
+        return next((larger for larger in self._sizes[at:] if larger in self._graphs), self._sizes[at])
+
+    def due(self, size: int) -> int | None:
+        """The size to capture now, before a step of `size` sequences; None if that has time.
+
+        Captures are kept apart while steps follow each other; in idle time there is `missing`.
         """
         self._since_capture += 1
-        at = bisect_left(self._sizes, size)
-        best = self._sizes[at]
-        if best not in self._graphs and self._since_capture < _STEPS_BETWEEN_CAPTURES:
-            larger = next((other for other in self._sizes[at:] if other in self._graphs), None)
-            best = larger or best
-        return best, best not in self._graphs
+        best = self._sizes[bisect_left(self._sizes, size)]
+        return best if best not in self._graphs and self._since_capture > _STEPS_BETWEEN_CAPTURES else None
 
-    def replay(self, size: int) -> torch.Tensor:
-        """Compute a step of `size` sequences, which has been captured."""
+    def run(self, size: int) -> torch.Tensor:
+        """Compute a step of `size` sequences: from its graph if it has one."""
+        if size not in self._graphs:
+            self._warm.add(size)
+            return self._forward(size)
         graph, output = self._graphs[size]
         graph.replay()
         return output
 
     def capture(self, size: int) -> None:
         """Make the graph for steps of `size` sequences. The inputs must be such that a run does no harm."""
-        # Once without capturing: kernels are compiled and loaded, and libraries allocate, outside the graph.
-        self._forward(size)
+        if size not in self._warm:
+            # Once without capturing: kernels are loaded, and libraries allocate, outside the graph.
+            self.run(size)
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         output = self._forward(size)

@@ -42,6 +42,7 @@ class HostRunner:
     """The model, its paged cache, and the packing of a step's tokens into one batch; a `Runner`."""
 
     steps_ahead = 0
+    usual_prompt = 1
 
     def __init__(self, decoder: CausalLM, num_blocks: int, block_size: int, dtype: torch.dtype) -> None:
         config = decoder.config

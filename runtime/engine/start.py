@@ -199,9 +199,21 @@ def start(config: EngineConfig, send: Callable[[Event], None]) -> tuple[Engine, 
         num_blocks=engine.scheduler.blocks.num_blocks,
         weight_bytes=preparation.plan.read_bytes,
         marks={**preparation.marks, "torch": torch_imported, "ready": marks.since_exec()},
-        counters={"bytes_read": preparation.weights.num_bytes, "kernels_compiled": 0},
+        counters={
+            "bytes_read": preparation.weights.num_bytes,
+            "kernels_compiled": _kernels_compiled(device),
+        },
     )
     return engine, ready, sleeper
+
+
+def _kernels_compiled(device: str) -> int:
+    """How many of the device's kernels had to be compiled for this start."""
+    if device == "cpu":
+        return 0  # they are compiled before the start, or with the first one of a machine
+    from runtime.kernels.gpu import cache
+
+    return cache.num_compiled()
 
 
 def _memory(preparation: Preparation, num_ranks: int) -> Memory:

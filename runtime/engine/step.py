@@ -50,13 +50,16 @@ class Runner(Protocol):
     """Carries out steps, in order, on one kind of device.
 
     `steps_ahead` is how many further steps, at most one, may be launched before the first one's result is
-    asked for.
+    asked for. A prompt of `usual_prompt` tokens, a few, is computed in the way that most prompts are, so
+    that everything has been loaded for them after one.
     """
 
     @property
     def vocab_size(self) -> int: ...
     @property
     def steps_ahead(self) -> int: ...
+    @property
+    def usual_prompt(self) -> int: ...
 
     def launch(self, scheduled: Rows[Scheduled]) -> Launched:
         """Begin to compute what is scheduled."""

@@ -21,7 +21,7 @@ from runtime.engine.start import start
 from runtime.protocol import EngineConfig, SamplingParams, Submit
 
 config = EngineConfig(model=ModelSpec(id="m", source=sys.argv[1]), cache_dir=sys.argv[2], device="cpu")
-engine, _ = start(config, lambda event: None)
+engine, *_ = start(config, lambda event: None)
 engine.submit(Submit(request_id="r", prompt_token_ids=[1, 2, 3], sampling=SamplingParams(max_tokens=2)))
 while engine.has_work:
     engine.step()

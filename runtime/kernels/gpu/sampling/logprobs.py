@@ -44,7 +44,8 @@ def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, num_top: int, chu
     return Logprobs(chosen, ranks, top_ids, values.float() - norm[:, None])
 
 
-@triton.jit(do_not_specialize_on_alignment=["tokens_ptr"])
+# `best` and `weight` share their memory, as `norm` and `chosen` do: where the second begins depends on R.
+@triton.jit(do_not_specialize_on_alignment=["tokens_ptr", "weight_ptr"])
 def _chunks_kernel(
     logits_ptr, stride, tokens_ptr, best_ptr, weight_ptr, likelier_ptr, vocab_size, CHUNK: tl.constexpr
 ):
@@ -59,7 +60,10 @@ def _chunks_kernel(
     tl.store(likelier_ptr + cell, tl.sum((x > own).to(tl.int32), 0))
 
 
-@triton.jit(do_not_specialize=["num_chunks"], do_not_specialize_on_alignment=["tokens_ptr"])
+@triton.jit(
+    do_not_specialize=["num_chunks"],
+    do_not_specialize_on_alignment=["tokens_ptr", "weight_ptr", "chosen_ptr"],
+)
 def _rows_kernel(
     logits_ptr,
     stride,
