@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import sys
 import traceback
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -15,7 +15,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from handler import lifecycle, metrics, ui
+from handler import idle, lifecycle, metrics, sleeping, ui
+from handler.asgi import ClientGone
 from handler.auth import BearerAuth
 from handler.limits import HeaderLimits
 from handler.openai.chat import ChatCompletions
@@ -30,11 +31,16 @@ from handler.openai.tokenize import Detokenize, Tokenize
 from handler.request_id import RequestIds
 from handler.service import Service
 from handler.settings import ServerSettings
-from runtime.client import EngineClient
+from runtime.client import EngineClient, EngineUnavailable
 
 
-def create_app(client: EngineClient, settings: ServerSettings) -> Starlette:
-    """The application that serves one model through `client`, which its lifespan runs and closes."""
+def create_app(
+    client: EngineClient, settings: ServerSettings, end: Callable[[], None] = lambda: None
+) -> Starlette:
+    """The application that serves one model through `client`, which its lifespan runs and closes.
+
+    `end` is called when nobody has come for so long that the server is to end.
+    """
     service = Service(client, settings)
     middleware = [Middleware(RequestIds), Middleware(HeaderLimits)]
     if settings.api_keys:
@@ -49,6 +55,8 @@ def create_app(client: EngineClient, settings: ServerSettings) -> Starlette:
             Route("/v1/models/{id:path}", show_model),
             Route("/tokenize", Tokenize(service), methods=["POST"]),
             Route("/detokenize", Detokenize(service), methods=["POST"]),
+            Route("/sleep", sleeping.sleep, methods=["POST"]),
+            Route("/wake", sleeping.wake, methods=["POST"]),
             Route("/openapi.json", show_openapi),
             Route("/health/live", live),
             Route("/health/ready", ready),
@@ -58,10 +66,17 @@ def create_app(client: EngineClient, settings: ServerSettings) -> Starlette:
             *ui.ROUTES,
         ],
         middleware=middleware,
-        exception_handlers={HTTPException: _http_error, ApiError: _api_error, Exception: _unexpected},
+        exception_handlers={
+            HTTPException: _http_error,
+            ApiError: _api_error,
+            EngineUnavailable: _api_error,
+            ClientGone: _nobody,
+            Exception: _unexpected,
+        },
         lifespan=_lifespan,
     )
     app.state.service = service
+    app.state.end = end
     return app
 
 
@@ -73,6 +88,7 @@ async def _lifespan(app: Starlette) -> AsyncIterator[None]:
     beside = [
         asyncio.create_task(service.text.warm_up()),
         asyncio.create_task(lifecycle.report_start(client, service.admission)),
+        asyncio.create_task(idle.watch(service, app.state.end)),
     ]
     try:
         yield
@@ -90,7 +106,8 @@ async def live(request: Request) -> Response:
 
 
 async def ready(request: Request) -> Response:
-    """GET /health/ready: 200 when a request sent now is worked on now, else 503 with Retry-After."""
+    """GET /health/ready: 200 when a request sent now is worked on now, a sleeping engine being woken for
+    it; else 503 with Retry-After."""
     return _health(request, lifecycle.is_ready(request.app.state.service.client))
 
 
@@ -134,6 +151,10 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _api_error(request: Request, error: Exception) -> Response:
     return _answer(as_api_error(error))
+
+
+async def _nobody(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:

@@ -198,6 +198,21 @@ SERVER_FLAGS = (
         values.number(0, 3600),
         "how long running answers may take to finish after SIGTERM (default: 30).",
         "S",
+        short=("--grace",),
+    ),
+    Flag(
+        "idle-sleep-s",
+        values.number(0, 1e8),
+        "after so many seconds without a request, sleep: free the device's memory and keep the weights in "
+        "main memory, until a request comes (default: from models.yaml, else never, which is 0).",
+        "S",
+    ),
+    Flag(
+        "idle-exit-s",
+        values.number(0, 1e8),
+        "after so many seconds without a request, exit with status 0 (default: from models.yaml, else never, "
+        "which is 0).",
+        "S",
     ),
 )
 

@@ -1,4 +1,4 @@
-"""Cold, loading, warm, draining, failed: what the health checks say, and the record of a start."""
+"""Cold, loading, warm, asleep, draining, failed: what the health checks say, and the record of a start."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ RETRY_LOADING_SECONDS = 2
 
 
 def is_ready(client: EngineClient) -> bool:
-    """Whether a request sent now is worked on now."""
-    return client.state == "warm"
+    """Whether a request sent now is worked on now, by an engine that may have to be woken for it.
+
+    One that died in its sleep is started by the request.
+    """
+    return client.state in ("warm", "asleep", "waking", "cold")
 
 
 def percent(client: EngineClient) -> int | None:
@@ -46,6 +49,8 @@ def describe(client: EngineClient) -> str:
 def health(client: EngineClient) -> dict[str, Any]:
     """The body of the readiness and startup checks."""
     body: dict[str, Any] = {"state": client.state}
+    if client.sleep_level is not None:
+        body["sleep_level"] = client.sleep_level
     if client.state == "loading":
         progress = msgspec.to_builtins(client.progress)
         progress.pop("directory", None)
@@ -63,6 +68,7 @@ def status(client: EngineClient, model: str, admission: Admission) -> dict[str, 
         "model": model,
         "marks": client.marks,
         "restarts": client.restarts,
+        "sleep": {"sleeps": client.sleeps, "wakes": client.wakes, "wake_seconds": client.wake_seconds},
         "queue": {"waiting": admission.waiting, "limit": admission.max_queue, "in_flight": client.in_flight},
         "engine": msgspec.to_builtins(client.stats),
         "memory": None,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
-_STATES = ("cold", "loading", "warm", "draining", "failed")
+_STATES = ("cold", "loading", "warm", "asleep", "waking", "draining", "failed")
 
 
 class Histogram:
@@ -142,6 +142,8 @@ class _Collector:
             ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.cached_tokens_total),
             ("engine_steps", "Steps since the engine started.", stats.steps_total),
             ("engine_restarts", "How often the engine was started again.", self.client.restarts),
+            ("engine_sleeps", "How often the engine has fallen asleep.", self.client.sleeps),
+            ("engine_wakes", "How often the engine has woken.", self.client.wakes),
         ):
             yield CounterMetricFamily(f"firstlight_{name}", text, value=total)
 
@@ -154,6 +156,9 @@ class _Collector:
         for name in _STATES:
             state.add_metric([name], float(self.client.state == name))
         yield state
+        if self.client.wake_seconds is not None:
+            text = "How long the engine took to wake, the last time."
+            yield GaugeMetricFamily("firstlight_wake_seconds", text, value=self.client.wake_seconds)
         marks = GaugeMetricFamily(
             "firstlight_start_mark_seconds",
             "When the start reached each mark, from execution.",

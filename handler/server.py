@@ -34,8 +34,13 @@ def serve(client: EngineClient, settings: ServerSettings, sock: socket.socket) -
     wanted = _OPEN_FILES if most == resource.RLIM_INFINITY else min(most, _OPEN_FILES)
     if wanted > allowed != resource.RLIM_INFINITY:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+
+    def end() -> None:
+        print("firstlight: nobody has come for a while; this is the end", file=sys.stderr, flush=True)
+        server.should_exit = True
+
     config = uvicorn.Config(
-        create_app(client, settings),
+        create_app(client, settings, end),
         http=Connection,
         ws="none",
         loop="asyncio",
@@ -47,7 +52,8 @@ def serve(client: EngineClient, settings: ServerSettings, sock: socket.socket) -
         h11_max_incomplete_event_size=2 * MAX_HEADER_BYTES,
         timeout_graceful_shutdown=int(settings.drain_seconds) + 1,
     )
-    return asyncio.run(_run(_Server(config), client, sock))
+    server = _Server(config)
+    return asyncio.run(_run(server, client, sock))
 
 
 class _Server(uvicorn.Server):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from handler.activity import Activity
 from handler.limits import Admission
 from handler.metrics import Metrics
 from handler.openai.errors import ApiError
@@ -21,6 +22,7 @@ class Service:
     text: TextRoom = field(init=False)
     admission: Admission = field(init=False)
     metrics: Metrics = field(default_factory=Metrics)
+    activity: Activity = field(default_factory=Activity)
 
     def __post_init__(self) -> None:
         self.text = TextRoom(self.client, self.settings)

@@ -23,7 +23,10 @@ _DTYPES = {"half": "float16", "float": "float32"}
 
 
 class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """How to serve one model. `chat_template` is the template's text, None for the model's own."""
+    """How to serve one model. `chat_template` is the template's text, None for the model's own.
+
+    After `idle_sleep_s` seconds without a request it sleeps, after `idle_exit_s` the server ends; 0 is never.
+    """
 
     engine: EngineConfig
     served_model_names: tuple[str, ...]
@@ -34,6 +37,8 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_queue: int = DEFAULT_MAX_QUEUE
     max_request_bytes: int = DEFAULT_MAX_REQUEST_BYTES
     drain_seconds: float = 30.0
+    idle_sleep_s: float = 0.0
+    idle_exit_s: float = 0.0
 
 
 def read_settings(given: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> ServerSettings:
@@ -56,12 +61,14 @@ def read_settings(given: Mapping[str, Any], environ: Mapping[str, str] = os.envi
         )
         if name in values
     }
+    idle = {name: values.get(name, getattr(spec, name)) for name in ("idle_sleep_s", "idle_exit_s")}
     return ServerSettings(
         engine=engine,
         served_model_names=tuple(values.get("served_model_name") or default_names),
         chat_template=read_template(template) if template else None,
         api_keys=_api_keys(values),
         **chosen,
+        **idle,
     )
 
 

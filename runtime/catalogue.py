@@ -27,6 +27,7 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 _DTYPES = ("auto", "float32", "float16", "bfloat16")
 _MAX_TOKENS = 1 << 24
 _MAX_TP_SIZE = 1024
+_MAX_SECONDS = 1e8
 # Those that `runtime.text.template.read_template` knows by name.
 _TEMPLATES = Path(__file__).with_name("text") / "templates"
 
@@ -55,7 +56,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     `source` is one of `hf://org/name`, `s3://bucket/prefix[?versionId=...]`, `wheel://distribution`
     or an absolute path; `revision` is a branch, tag or commit of the Hub, or a wheel's version.
     `chat_template` is a template, its file or the name of one that comes along; `stop_token_ids` end an
-    answer besides the ids that the model's own files name. Lengths are in tokens.
+    answer besides the ids that the model's own files name. Lengths are in tokens. After `idle_sleep_s`
+    seconds without a request the engine sleeps, after `idle_exit_s` the server ends; 0 is never.
     """
 
     id: str
@@ -69,6 +71,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     stop_token_ids: tuple[int, ...] = ()
     adapters: dict[str, str] = {}
     generation: dict[str, Any] = {}
+    idle_sleep_s: float = 0.0
+    idle_exit_s: float = 0.0
 
 
 class Catalogue(msgspec.Struct, frozen=True, kw_only=True):
@@ -273,6 +277,10 @@ def _generation(value: Value) -> dict[str, Any]:
     return settings
 
 
+def _seconds(value: Value) -> float:
+    return value.number("seconds; 0 is never", 0, _MAX_SECONDS)
+
+
 _FIELDS: dict[str, Callable[[Value], Any]] = {
     "source": _source,
     "revision": _revision,
@@ -284,6 +292,8 @@ _FIELDS: dict[str, Callable[[Value], Any]] = {
     "stop_token_ids": _stop_token_ids,
     "adapters": _adapters,
     "generation": _generation,
+    "idle_sleep_s": _seconds,
+    "idle_exit_s": _seconds,
 }
 
 

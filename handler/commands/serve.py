@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -55,6 +56,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(given: dict[str, Any]) -> int:
     """Serve until a signal ends it. The exit status is 1 if the engine cannot start."""
+    # Until the server is there, which drains first, there is nobody to finish anything for.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     values = with_model(given)
     with listen(*address(values)) as sock:
         listening = marks.since_exec()

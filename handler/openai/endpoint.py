@@ -70,6 +70,10 @@ class Endpoint:
         self.kind = kind
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self.service.activity.request():
+            await self._serve(scope, receive, send)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
         service = self.service
         outcome = "200"
@@ -149,7 +153,7 @@ class Endpoint:
         while True:
             await asyncio.sleep(1.0)
             waited += 1.0
-            warm = lifecycle.is_ready(self.service.client)
+            warm = self.service.client.state == "warm"
             if events.begun or waited >= (_PATIENCE_WARM_SECONDS if warm else _PATIENCE_LOADING_SECONDS):
                 await events.comment(lifecycle.describe(self.service.client))
 

@@ -11,7 +11,14 @@ from starlette.responses import JSONResponse, Response
 
 from handler.openai.answer_schemas import BOOLEAN, SCHEMAS, STRING, ref
 from handler.openai.responses.schema import ResponsesRequest
-from handler.openai.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from handler.openai.schema import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    SleepRequest,
+    TokenizeRequest,
+    WakeRequest,
+)
 from handler.openai.strict import Strict
 
 
@@ -23,6 +30,7 @@ class _Post:
     request: type[Strict] | None = None
     answer: str | None = None
     event: str | None = None
+    body_required: bool = True
 
 
 _POSTS = {
@@ -36,6 +44,8 @@ _POSTS = {
     "/v1/embeddings": _Post("Refused: the model generates text"),
     "/tokenize": _Post("A prompt's or a conversation's token ids", TokenizeRequest, "Tokens"),
     "/detokenize": _Post("The text of token ids", DetokenizeRequest, "Text"),
+    "/sleep": _Post("Free the device's memory", SleepRequest, "Health", body_required=False),
+    "/wake": _Post("Take the memory back, and the weights in", WakeRequest, "Health", body_required=False),
 }
 _GETS = {
     "/v1/models": ("The names that requests may use", "ModelList"),
@@ -115,7 +125,7 @@ def _post(post: _Post) -> dict[str, Any]:
     operation: dict[str, Any] = {"summary": post.summary, "responses": responses}
     if post.request is not None:
         content = {"application/json": {"schema": ref(post.request.__name__)}}
-        operation["requestBody"] = {"required": True, "content": content}
+        operation["requestBody"] = {"required": post.body_required, "content": content}
     if post.answer is not None:
         content = {"application/json": {"schema": ref(post.answer)}}
         described = "The answer"

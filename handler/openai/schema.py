@@ -138,6 +138,19 @@ class TokenizeRequest(Strict):
     return_token_strs: bool = False
 
 
+class SleepRequest(Strict):
+    """POST /sleep: at level 1 the weights wait in main memory, at level 2 in their files."""
+
+    model: str | None = None
+    level: Literal[1, 2] = 1
+
+
+class WakeRequest(Strict):
+    """POST /wake."""
+
+    model: str | None = None
+
+
 class DetokenizeRequest(Strict):
     """POST /detokenize."""
 

@@ -31,6 +31,10 @@ class _JsonEndpoint:
         self.service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self.service.activity.request():
+            await self._serve(scope, receive, send)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             raw = await read_body(scope, receive, self.service.settings.max_request_bytes)
             answer = msgspec.json.encode(await self.answer(await decode_json(raw)))

@@ -89,6 +89,10 @@ class FakeEngine:
         self.marks: dict[str, float] = {"listen": 0.1, "ready": 0.5}
         self.failure: str | None = None
         self.restarts = 0
+        self.sleeps = 0
+        self.wakes = 0
+        self.sleep_level: int | None = None
+        self.wake_seconds: float | None = None
         self.endless = False  # say the reply, then go on without ever ending
         self.submitted: list[Submit] = []
         self.aborted: list[str] = []
@@ -146,6 +150,20 @@ class FakeEngine:
     async def wait_directory(self) -> Path:
         return self.directory
 
+    async def sleep(self, level: int) -> None:
+        self.state, self.sleep_level = "asleep", level
+        self.sleeps += 1
+
+    def doze_off(self, level: int) -> None:
+        if self.state == "warm" and not self.streams:
+            self.state, self.sleep_level = "asleep", level
+            self.sleeps += 1
+
+    async def wake(self) -> None:
+        if self.state == "asleep":
+            self.state, self.sleep_level, self.wake_seconds = "warm", None, 0.25
+            self.wakes += 1
+
     async def close(self, drain_seconds: float) -> None:
         self.closed.set()
         raise_in = asyncio.all_tasks()
@@ -156,6 +174,9 @@ class FakeEngine:
     def submit(self, *requests: Submit) -> FakeStream:
         if self.state in ("failed", "draining"):
             raise EngineUnavailable(self.failure or "The server is shutting down.", 5.0)
+        if self.state == "asleep":
+            self.state, self.sleep_level = "warm", None
+            self.wakes += 1
         stream = FakeStream(self, [request.request_id for request in requests])
         for request in requests:
             self.streams[request.request_id] = stream

@@ -1,0 +1,51 @@
+"""POST /sleep and POST /wake."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from handler import lifecycle
+from handler.limits import decode_json, read_body
+from handler.openai.schema import SleepRequest, WakeRequest
+from handler.openai.strict import Strict, parse
+from handler.service import Service
+
+T = TypeVar("T", bound=Strict)
+
+
+async def sleep(request: Request) -> Response:
+    """Once nothing runs any more, free the device's memory; answered when that is done.
+
+    `level`, in a JSON body or, as vLLM has it, in the query, is 1 (the weights wait in main memory) or 2
+    (in their files).
+    """
+    level = request.query_params.get("level")
+    asked = await _read(request, SleepRequest, {} if level is None else {"level": _number(level)})
+    service: Service = request.app.state.service
+    service.check_model(asked.model)
+    await service.client.sleep(asked.level)
+    return JSONResponse(lifecycle.health(service.client))
+
+
+async def wake(request: Request) -> Response:
+    """Have the engine ready for requests; answered when it is."""
+    asked = await _read(request, WakeRequest, {})
+    service: Service = request.app.state.service
+    service.check_model(asked.model)
+    service.activity.restart()
+    await service.client.wake()
+    return JSONResponse(lifecycle.health(service.client))
+
+
+async def _read(request: Request, model: type[T], otherwise: dict[str, Any]) -> T:
+    """The body, which may be left out."""
+    service: Service = request.app.state.service
+    body = await read_body(request.scope, request.receive, service.settings.max_request_bytes)
+    return parse(model, await decode_json(body) if body else otherwise)
+
+
+def _number(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
