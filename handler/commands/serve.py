@@ -56,8 +56,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(given: dict[str, Any]) -> int:
     """Serve until a signal ends it. The exit status is 1 if the engine cannot start."""
-    # Until the server is there, which drains first, there is nobody to finish anything for.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+    # Until the server is there, which drains first, there is nobody to finish anything for. Not by an
+    # exception: some extension modules crash when one interrupts their import.
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
     values = with_model(given)
     with listen(*address(values)) as sock:
         listening = marks.since_exec()
