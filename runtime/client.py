@@ -1,6 +1,7 @@
-"""Starts, supervises and talks to the engine process. The handler and the Python API both sit on it.
+"""Starts, supervises and talks to the engine's processes. The handler and the Python API both sit on it.
 
-The engine is a child process at the other end of a socket pair. If it dies, whatever was in flight
+The engine is a child process for each of its ranks, at the other end of a socket pair. If one of them dies,
+the others are ended, and whatever was in flight
 ends with `EngineUnavailable`, and it is started again; if it says that starting again cannot help
 (`Fatal`), the client stays up in the state "failed" and says why. An engine that dies in its sleep, or
 was told to leave, is started again by the next request.
@@ -9,19 +10,13 @@ was told to leave, is started again by the next request.
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
-import msgspec
-
-from runtime import marks
+from runtime.processes import EngineProcess, start_engine
 from runtime.protocol import (
     Abort,
     Asleep,
@@ -55,7 +50,6 @@ State = Literal["cold", "loading", "warm", "asleep", "waking", "draining", "fail
 # A start that dies this often in a row without getting ready is not going to succeed by itself.
 MAX_FAILED_STARTS = 4
 _READ_BYTES = 1 << 18
-_package_root = str(Path(__file__).resolve().parent.parent)
 
 
 class EngineClient:
@@ -74,8 +68,7 @@ class EngineClient:
         self.wakes = 0
         self.sleep_level: SleepLevel | None = None
         self.wake_seconds: float | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-        self._socket: socket.socket | None = None
+        self._ranks: list[EngineProcess] = []
         self._writer: asyncio.StreamWriter | None = None
         self._outbox: list[bytes] = []
         self._streams: dict[str, TokenStream] = {}
@@ -89,25 +82,19 @@ class EngineClient:
     # ---- life ----------------------------------------------------------------------------------
 
     def spawn(self) -> None:
-        """Start the engine process. Needs no event loop, so it can come before heavy imports."""
-        ours, theirs = socket.socketpair()
-        path = [_package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {**os.environ, **marks.environment(), "PYTHONPATH": os.pathsep.join(path)}
-        arguments = ["--fd", str(theirs.fileno()), msgspec.json.encode(self.config).decode()]
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "runtime.engine", *arguments],
-                pass_fds=[theirs.fileno()],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-            )
-        self._socket = ours
+        """Start the engine's processes. Needs no event loop, so it can come before heavy imports."""
+        self._ranks = start_engine(self.config)
         self._set_state("loading")
 
     @property
     def pid(self) -> int | None:
-        """The engine's process id while there is such a process."""
-        return self._process.pid if self._process else None
+        """The process id of the engine's rank 0 while there is an engine."""
+        return self._ranks[0].pid if self._ranks else None
+
+    @property
+    def pids(self) -> list[int]:
+        """The process ids of all its ranks."""
+        return [process.pid for process in self._ranks]
 
     async def run(self, at_once: bool = True) -> None:
         """Read what the engine sends and start it again when it dies, until it fails or is closed.
@@ -117,20 +104,20 @@ class EngineClient:
         if at_once:
             self.call()
         while self.state not in ("draining", "failed"):
-            if self._socket is None:
+            if not self._ranks:
                 await self._wait_turn()
                 if self.state not in ("cold", "loading"):
                     break
                 self.spawn()
-            await self._read_until_end()
-            status = await self._reap()
+            first = await self._read_until_end()
+            await self._reap()
             if self.state in ("draining", "failed"):
                 break
             if self._leaving:
                 self._leaving = False
                 self._forget_engine()
             else:
-                self._note_death(status)
+                self._note_death(first)
         self._end_streams(EngineUnavailable(self.failure or "The server is shutting down."))
 
     async def _wait_turn(self) -> None:
@@ -190,15 +177,15 @@ class EngineClient:
             self._set_state("draining")
             self._send(Drain())
             self._called.set()
-        process = self._process
-        if process is None:
-            return
+        ranks = self._ranks
         deadline = time.monotonic() + drain_seconds
-        while process.poll() is None and time.monotonic() < deadline:
+        while any(process.poll() is None for process in ranks) and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
-        if process.poll() is None:
-            process.kill()
-        await asyncio.to_thread(process.wait)
+        for process in ranks:
+            if process.poll() is None:
+                process.kill()
+        for process in ranks:
+            await asyncio.to_thread(process.wait)
         if self._writer is not None:
             self._writer.close()
 
@@ -268,12 +255,27 @@ class EngineClient:
         else:
             self._writer.write(frame)
 
-    async def _read_until_end(self) -> None:
-        assert self._socket is not None
-        reader, writer = await asyncio.open_connection(sock=self._socket)
-        self._writer = writer
-        writer.writelines(self._outbox)
-        self._outbox.clear()
+    async def _read_until_end(self) -> EngineProcess:
+        """Listen to all ranks until one of them is gone, and end the others; the one that went first."""
+        readers = {asyncio.create_task(self._read(process)): process for process in self._ranks}
+        done, _ = await asyncio.wait(readers, return_when=asyncio.FIRST_COMPLETED)
+        first = min((readers[task] for task in done), key=lambda process: process.rank)
+        expected = self.state == "draining" or self._leaving
+        if len(readers) > 1 and not (expected and await asyncio.to_thread(first.wait) == 0):
+            for process in self._ranks:
+                if process is not first:
+                    process.kill()
+        # What was sent before the end is still there to be read.
+        await asyncio.gather(*readers)
+        return first
+
+    async def _read(self, process: EngineProcess) -> None:
+        """Take what a rank sends until it hangs up. Commands go to rank 0, which passes them on."""
+        reader, writer = await asyncio.open_connection(sock=process.socket)
+        if process.rank == 0:
+            self._writer = writer
+            writer.writelines(self._outbox)
+            self._outbox.clear()
         frames = FrameReader()
         try:
             while data := await reader.read(_READ_BYTES):
@@ -281,7 +283,8 @@ class EngineClient:
                     self._take(decode_event(body))
         except OSError:
             pass  # a killed peer may reset the socket instead of closing it: the same end
-        self._writer = self._socket = None
+        if process.rank == 0:
+            self._writer = None
         writer.close()
 
     def _take(self, event: Event) -> None:
@@ -312,7 +315,7 @@ class EngineClient:
             case Awake():
                 self._note_awake(event.seconds)
             case Fatal():
-                self.failure = event.message
+                self.failure = self.failure or event.message  # ranks mostly fail alike
                 self._set_state("failed")
             case Broken():
                 self._broken = event.message
@@ -335,20 +338,20 @@ class EngineClient:
 
     # ---- death ---------------------------------------------------------------------------------
 
-    async def _reap(self) -> int:
-        assert self._process is not None
-        try:
-            return await asyncio.wait_for(asyncio.to_thread(self._process.wait), 10)
-        except TimeoutError:
-            self._process.kill()  # it closed its socket but did not end
-            return await asyncio.to_thread(self._process.wait)
+    async def _reap(self) -> None:
+        for process in self._ranks:
+            try:
+                await asyncio.wait_for(asyncio.to_thread(process.wait), 10)
+            except TimeoutError:
+                process.kill()  # it closed its socket but did not end
+                await asyncio.to_thread(process.wait)
 
-    def _note_death(self, status: int) -> None:
-        how = f"by signal {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
+    def _note_death(self, first: EngineProcess) -> None:
         doing = "serving" if self.info else "starting"
         if self.state in ("asleep", "waking"):
             doing = self.state
-        ended = f"The engine ended {how} while it was {doing}"
+        whose = "The engine" if len(self._ranks) == 1 else f"Rank {first.rank} of the engine"
+        ended = f"{whose} ended {first.ending()} while it was {doing}"
         if self._broken is not None:
             ended = self._broken.removesuffix(".")
         died_asleep = self.state == "asleep"
@@ -361,12 +364,13 @@ class EngineClient:
         else:
             self.restarts += 1
             self._set_state("cold" if died_asleep else "loading")
-        print(f"firstlight: the engine process ended {how} while it was {doing}", file=sys.stderr, flush=True)
+        print(f"firstlight: {ended}", file=sys.stderr, flush=True)
         self._end_streams(EngineUnavailable(f"{ended}; it is being restarted.", 2.0))
 
     def _forget_engine(self) -> None:
         """What was said of an engine holds no longer."""
-        self.info = self.sleep_level = self._broken = self._process = None
+        self.info = self.sleep_level = self._broken = None
+        self._ranks = []
         self.stats = EngineStats()
         self._notify()
 

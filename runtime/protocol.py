@@ -23,7 +23,10 @@ MAX_FRAME_BYTES = 1 << 30
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything an engine process needs to know before its first request. Lengths are in tokens."""
+    """Everything an engine process needs to know before its first request. Lengths are in tokens.
+
+    With several ranks, a step that takes longer than `stuck_after_s` seconds is taken for one that hangs.
+    """
 
     model: ModelSpec
     cache_dir: str
@@ -41,6 +44,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0
     rank: int = 0
     world_size: int = 1
+    stuck_after_s: float = 300.0
 
     @classmethod
     def of(cls, model: ModelSpec, cache_dir: str, **given: Any) -> EngineConfig:
@@ -249,13 +253,28 @@ Event = Progress | Ready | StepOutput | Mark | Asleep | Awake | Fatal | Broken
 
 _encoder = msgspec.msgpack.Encoder()
 _command_decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
+_commands_decoder: msgspec.msgpack.Decoder[list[Command]] = msgspec.msgpack.Decoder(list[Command])
 _event_decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
+
+
+def frame(body: bytes) -> bytes:
+    """A body as the bytes that go on the socket."""
+    return _LENGTH.pack(len(body)) + body
 
 
 def encode_frame(message: Command | Event) -> bytes:
     """One message as the bytes that go on the socket."""
-    body = _encoder.encode(message)
-    return _LENGTH.pack(len(body)) + body
+    return frame(_encoder.encode(message))
+
+
+def encode_commands(commands: list[Command]) -> bytes:
+    """Commands as one rank passes them on to another."""
+    return _encoder.encode(commands)
+
+
+def decode_commands(body: bytes) -> list[Command]:
+    """The commands that were passed on."""
+    return _commands_decoder.decode(body)
 
 
 def decode_command(body: bytes | memoryview) -> Command:

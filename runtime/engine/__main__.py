@@ -1,7 +1,12 @@
-"""The engine process: `python -m runtime.engine --fd N CONFIG`, started by `runtime.client`."""
+"""One rank of an engine: `python -m runtime.engine [--fd N] [--listener M] CONFIG`.
+
+`runtime.client` starts it with its end of a socket, N. A rank that something else starts has none, and
+rank 0 has M, what the others come to, only if it was opened for it.
+"""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import gc
 import os
@@ -13,40 +18,90 @@ import msgspec
 
 from runtime.engine.channel import Channel
 from runtime.engine.start import start
+from runtime.engine.turns import FollowingChannel, LeadingChannel
+from runtime.engine.watchdog import Watchdog
 from runtime.errors import FirstlightError
+from runtime.parallel.control import LostRank, Meeting
+from runtime.parallel.ranks import Ranks
+from runtime.processes import TOKEN
 from runtime.protocol import Broken, EngineConfig, Fatal
 
 
 def main(arguments: list[str]) -> int:
-    """Serve the model of CONFIG (an `EngineConfig` in JSON) over the inherited socket N."""
+    """Serve the model of CONFIG, an `EngineConfig` in JSON; returns the exit status."""
     gc.disable()  # nothing that a start makes is garbage, and looking through it takes a tenth of an import
-    flag, descriptor, config = arguments
-    assert flag == "--fd"
+    parser = argparse.ArgumentParser(prog="runtime.engine")
+    parser.add_argument("--fd", type=int)
+    parser.add_argument("--listener", type=int)
+    parser.add_argument("config")
+    options = parser.parse_args(arguments)
+    config = msgspec.json.decode(options.config, type=EngineConfig)
     # Whoever stops the group stops the handler, and the handler drains its engine.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    channel = Channel(socket.socket(fileno=int(descriptor)))
+    channel = None if options.fd is None else Channel(socket.socket(fileno=options.fd))
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        try:
-            engine, ready, sleeper = start(msgspec.json.decode(config, type=EngineConfig), channel.send)
-        except FirstlightError as error:
-            channel.send(Fatal(str(error)))
-            channel.hang_up()
-            return 1
-        from runtime.engine.loop import serve  # imports torch: not before `start` has done so in its own time
-
-        channel.send(ready)
-        # What the start has made stays; from here on only what comes later needs to be looked through.
-        gc.freeze()
-        gc.enable()
-        try:
-            serve(engine, sleeper, channel)
-        except FirstlightError as error:
-            print(f"firstlight: {error}", file=sys.stderr, flush=True)
-            channel.send(Broken(str(error)))
-            channel.hang_up()
-            return 1
+        if config.world_size > 1:
+            return _serve_as_rank(config, channel, options.listener)
+        assert channel is not None
+        return _serve(config, channel, channel, None)
     return 0
+
+
+def _serve_as_rank(config: EngineConfig, channel: Channel | None, listener: int | None) -> int:
+    """Serve in step with the other ranks; the exit status."""
+    address, port, token = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", TOKEN))
+    accepts = None if listener is None else socket.socket(fileno=listener)
+    ranks = Ranks(config.rank, config.world_size, Meeting(address, int(port), token), accepts)
+    watchdog = Watchdog(ranks, config.stuck_after_s, lambda why: _tell(channel, Broken(why)))
+    watchdog.start()
+    turns: LeadingChannel | FollowingChannel = FollowingChannel(ranks, watchdog)
+    if channel is not None and config.rank == 0:
+        turns = LeadingChannel(channel, ranks, watchdog)
+    try:
+        return _serve(config, channel, turns, ranks)
+    except LostRank:
+        if not ranks.met.is_set():
+            return 1
+        watchdog.join()  # it knows which
+        return 1
+
+
+def _serve(
+    config: EngineConfig,
+    channel: Channel | None,
+    turns: Channel | LeadingChannel | FollowingChannel,
+    ranks: Ranks | None,
+) -> int:
+    """Start, and serve what `turns` says until the end; the exit status."""
+    try:
+        engine, ready, sleeper = start(config, turns.send, ranks)
+    except FirstlightError as error:
+        _tell(channel, Fatal(str(error)))
+        return 1
+    from runtime.engine.loop import serve  # imports torch: not before `start` has done so in its own time
+
+    turns.send(ready)
+    # What the start has made stays; from here on only what comes later needs to be looked through.
+    gc.freeze()
+    gc.enable()
+    try:
+        serve(engine, sleeper, turns)
+    except FirstlightError as error:
+        print(f"firstlight: {error}", file=sys.stderr, flush=True)
+        _tell(channel, Broken(str(error)))
+        return 1
+    return 0
+
+
+def _tell(channel: Channel | None, event: Fatal | Broken) -> None:
+    """Say it to whoever started this process, or where somebody may read it."""
+    if channel is None:
+        print(f"firstlight: {event.message}", file=sys.stderr, flush=True)
+        return
+    with contextlib.suppress(OSError):
+        channel.send(event)
+        channel.hang_up()
 
 
 if __name__ == "__main__":

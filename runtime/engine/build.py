@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -25,6 +26,9 @@ from runtime.model.decoder import CausalLM, Decoder
 from runtime.model.families import ForeignModel, Model
 from runtime.protocol import EngineConfig
 
+if TYPE_CHECKING:
+    from runtime.parallel.group import Group
+
 Weights = Mapping[str, tuple[torch.Tensor, ...]]
 # On a CPU a step of this many prompt tokens takes seconds already; a GPU needs many to be busy.
 _MAX_NUM_BATCHED_TOKENS = {"cpu": 2048, "cuda": 8192}
@@ -45,9 +49,11 @@ def build_engine(
     weights: Callable[[], Weights],
     device_type: str,
     memory: Memory,
+    group: Group | None = None,
 ) -> tuple[Engine, torch.dtype]:
     """The engine on `cpu` or `cuda`, and the dtype it computes in. Raises `FirstlightError`.
 
+    In a group it is this rank's part of the engine, and all ranks must build theirs together.
     `directory` holds the model's tokenizer; what it can do without while it sleeps lies in `memory`.
     """
     device = _device(device_type)
@@ -57,12 +63,14 @@ def build_engine(
         compiled = isinstance(model, Model) and native.library() is not None
         torch.set_num_threads(1 if compiled else native.default_threads())
     with memory.derived():
-        shape, decoder_for = _load(config, model, weights, device, dtype)
+        shape, decoder_for = _load(config, model, weights, device, dtype, group)
     max_model_len = _max_model_len(config, shape)
     budget = config.max_num_batched_tokens or _MAX_NUM_BATCHED_TOKENS[device.type]
     _check_budget(config, budget, max_model_len)
     most = config.max_num_seqs * -(-max_model_len // config.block_size)
     num_blocks = _num_blocks(config, shape, device, dtype, budget, most)
+    if group is not None:
+        num_blocks = group.least(num_blocks)
     held = num_blocks * config.block_size
     if held < max_model_len:
         if config.max_model_len is not None:
@@ -92,6 +100,7 @@ def build_engine(
     grammars = Grammars(directory, runner.vocab_size)
     pin_masks = device.type == "cuda"
     engine = Engine(runner, scheduler, max_model_len, config.seed, grammars, decoder.position_base, pin_masks)
+    engine.keeps_fingerprint = group is not None
     return engine, dtype
 
 
@@ -101,8 +110,9 @@ def _load(
     weights: Callable[[], Weights],
     device: torch.device,
     dtype: torch.dtype,
+    group: Group | None,
 ) -> tuple[ModelConfig, Callable[[int], CausalLM]]:
-    """The model's shape with its weights in place, and what makes its decoder for a max_model_len."""
+    """The shape of the model, or of a rank's part, and what makes its decoder for a max_model_len."""
     if isinstance(model, Model):
         shape, held = model.config, weights()
         _check_quantization(config.model.quantization, shape.quantization)
@@ -110,7 +120,8 @@ def _load(
             # On a CPU they keep the width of their scales.
             held = dequantize_all(held, shape.quantization, None if device.type == "cpu" else dtype)
         placed = _placed(held, device, dtype)
-        return shape, lambda max_model_len: Decoder(shape, placed, max_model_len, dtype)
+        ours = shape if group is None else shape.of_rank(group.world_size)
+        return ours, lambda max_model_len: Decoder(shape, placed, max_model_len, dtype, group)
     from runtime.model.fallback import FallbackDecoder
 
     decoder = FallbackDecoder(model.directory, model.architecture, device, dtype)
@@ -182,7 +193,7 @@ def _num_blocks(
 ) -> int:
     bytes_per_block = block_bytes(model, config.block_size, dtype)
     if device.type == "cpu":
-        return cpu_num_blocks(config.kv_cache_bytes, bytes_per_block, most)
+        return cpu_num_blocks(config.kv_cache_bytes, bytes_per_block, most, config.world_size)
     room = config.kv_cache_bytes
     if room is None:
         free, total = torch.cuda.mem_get_info(device)

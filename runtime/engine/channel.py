@@ -6,8 +6,12 @@ import os
 import select
 import socket
 import threading
+from typing import TYPE_CHECKING
 
-from runtime.protocol import Command, Event, FrameReader, decode_command, encode_frame
+from runtime.protocol import Command, Event, FrameReader, Submit, decode_command, encode_frame
+
+if TYPE_CHECKING:
+    from runtime.engine.compiling import Compiling
 
 _READ_BYTES = 1 << 18
 
@@ -39,6 +43,13 @@ class Channel:
     def wake(self) -> None:
         """Make `receive` return, on whatever thread it waits, or the next time it would."""
         os.eventfd_write(self._wake, 1)
+
+    def check(self, fingerprint: int) -> None:
+        """One process is always of one mind; see `engine/turns.py`."""
+
+    def compiled(self, compiling: Compiling) -> list[Submit]:
+        """The requests whose grammars are there by now; see `Compiling.finished`."""
+        return compiling.finished()
 
     def receive(self, wait: bool) -> list[Command]:
         """The commands that have arrived; with `wait`, at least one, unless `wake` is called.

@@ -45,6 +45,9 @@ class Engine:
         self._masks = Masks(scheduler.max_num_seqs, self.vocab_size, pin_masks)
         self._position_base = position_base
         self.stats = EngineStats(blocks_total=scheduler.blocks.num_blocks)
+        # What all steps so far computed, in one number, where there are other ranks to compare it with.
+        self.keeps_fingerprint = False
+        self.fingerprint = 0
         self._num_submitted = 0
         self._refused: list[TokenDelta] = []
         self._under_way: deque[tuple[list[Scheduled], Launched]] = deque()
@@ -122,6 +125,8 @@ class Engine:
                 launched.sample(self._masks.of(_sampling(scheduled)))
             self._under_way.append((scheduled, launched))
             self.scheduler.launched(scheduled)
+            if self.keeps_fingerprint:
+                self.fingerprint = hash((self.fingerprint, *map(_fingerprint, scheduled)))
         if len(self._under_way) > (self.runner.steps_ahead if scheduled else 0):
             deltas += self._take(*self._under_way.popleft())
         if waiting is not None:
@@ -132,6 +137,8 @@ class Engine:
     def _take(self, scheduled: list[Scheduled], launched: Launched) -> list[TokenDelta]:
         """What a step that is through means for its sequences."""
         result = launched.result()
+        if self.keeps_fingerprint:
+            self.fingerprint = hash((self.fingerprint, *result.tokens))
         prompt_logprobs = iter(result.prompt_logprobs)
         sampled = iter(zip(result.tokens, result.logprobs, strict=True))
         deltas = []
@@ -194,6 +201,12 @@ class Engine:
         stats.blocks_used = scheduler.blocks.num_blocks - scheduler.blocks.num_free
         stats.preemptions_total = scheduler.num_preemptions
         stats.steps_total += 1
+
+
+def _fingerprint(item: Scheduled) -> int:
+    """Of numbers alone: the hashes of texts differ from process to process."""
+    sequence = item.sequence
+    return hash((sequence.order, sequence.slot, item.start, item.num_new, sequence.table.block_ids[-1]))
 
 
 def _sampling(scheduled: Iterable[Scheduled]) -> list[Sequence]:

@@ -7,12 +7,14 @@ from runtime.engine.channel import Channel
 from runtime.engine.compiling import Compiling
 from runtime.engine.core import Engine
 from runtime.engine.sleeper import Sleeper
+from runtime.engine.turns import FollowingChannel, LeadingChannel
 from runtime.protocol import Abort, Command, Drain, Mark, Submit
 
 
-def serve(engine: Engine, sleeper: Sleeper, channel: Channel) -> None:
+def serve(engine: Engine, sleeper: Sleeper, channel: Channel | LeadingChannel | FollowingChannel) -> None:
     """Serve until the handler drains the engine (returns when all is done) or is gone (`EOFError`).
 
+    Ranks keep step because all that is done here follows from what the channel returns, call by call.
     Raises `FirstlightError` when the engine cannot go on as it is.
     """
     draining = False
@@ -26,7 +28,7 @@ def serve(engine: Engine, sleeper: Sleeper, channel: Channel) -> None:
         for command in channel.receive(wait=not has_more):
             draining = draining or isinstance(command, Drain)
             _follow(command, sleeper, compiling)
-        for request in compiling.finished():
+        for request in channel.compiled(compiling) if compiling.busy else ():
             sleeper.take(request)
         if not (engine.has_work or was_busy) and (sleeper.is_falling_asleep or sleeper.is_asleep):
             sleeper.advance()
@@ -39,6 +41,7 @@ def serve(engine: Engine, sleeper: Sleeper, channel: Channel) -> None:
                 graphs = None
             continue
         output = engine.step()
+        channel.check(engine.fingerprint)
         # The last step is told even if it produced nothing: it shows that all blocks are free again.
         if output.deltas or not engine.has_work:
             channel.send(output)

@@ -40,7 +40,9 @@ def available_bytes() -> int:
     return available
 
 
-def cpu_num_blocks(kv_cache_bytes: int | None, bytes_per_block: int, most: int) -> int:
-    """Blocks in the pool: what was asked for, else a share of free memory; never more than `most`."""
-    budget = int(available_bytes() * _CPU_FRACTION) if kv_cache_bytes is None else kv_cache_bytes
+def cpu_num_blocks(kv_cache_bytes: int | None, bytes_per_block: int, most: int, num_ranks: int) -> int:
+    """Blocks in a rank's pool: what was asked for, else a share of free memory; never more than `most`."""
+    budget = kv_cache_bytes
+    if budget is None:
+        budget = int(available_bytes() * _CPU_FRACTION) // num_ranks
     return min(budget // bytes_per_block, most)

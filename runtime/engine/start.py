@@ -18,13 +18,14 @@ from runtime.engine.deferred import import_torch
 from runtime.errors import FirstlightError
 from runtime.kernels import native
 from runtime.model.families import ForeignModel, Model, read_model
+from runtime.parallel.ranks import Ranks
 from runtime.protocol import EngineConfig, Event, Progress, Ready
 from runtime.weights import sources
 from runtime.weights.checkpoint import read_checkpoint
 from runtime.weights.cuda_driver import CudaError, Driver
 from runtime.weights.gate import OPEN, Gate
 from runtime.weights.loader import MappedWeights
-from runtime.weights.plan import Plan, make_plan, plan_all
+from runtime.weights.plan import Plan, check_world_size, make_plan, plan_all
 from runtime.weights.upload import DeviceWeights
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from runtime.engine.sleeper import Memory, Sleeper
 
 _PROGRESS_INTERVAL_S = 0.1
+# How much longer a sum over all ranks waits for them than the watchdog, which has better words.
+_PATIENCE = 4.0
 
 
 class _Device(threading.Thread):
@@ -65,10 +68,12 @@ class _Device(threading.Thread):
 class Preparation(threading.Thread):
     """Brings the model's files into memory. `finish` waits for it and raises what went wrong."""
 
-    def __init__(self, config: EngineConfig, send: Callable[[Event], None]) -> None:
+    def __init__(self, config: EngineConfig, send: Callable[[Event], None], ranks: Ranks | None) -> None:
         super().__init__(name="preparation", daemon=True)
         self._config = config
         self._send = send
+        self._ranks = ranks
+        self._met = threading.Event()
         self._error: Exception | None = None
         self._last_sent = 0.0
         self.marks: dict[str, float] = {}
@@ -87,6 +92,14 @@ class Preparation(threading.Thread):
             self._prepare()
         except Exception as error:  # whatever it is, `finish` raises it where it can be reported
             self._error = error
+        finally:
+            self._met.set()
+
+    def meet(self) -> None:
+        """Wait until the ranks have met, and know what device they compute on."""
+        self._met.wait()
+        if self._error is not None:
+            raise self._error
 
     def finish(self) -> None:
         """Wait until the weights are in memory."""
@@ -96,12 +109,18 @@ class Preparation(threading.Thread):
 
     def _prepare(self) -> None:
         self._device.start()
+        if self._ranks is not None:
+            self._find_device()
+            self._ranks.meet(self.device == "cuda")
+            self._met.set()
         model, cache_dir = self._config.model, Path(self._config.cache_dir)
         directory = sources.locate(model, cache_dir)
         if directory is None:
             arrival = sources.arrive(model, cache_dir, self._fetched)
             directory = arrival.directory
             self.model = read_model(directory)
+            # Before the weights are here: what this raises ends the fetch.
+            _check_size(self.model, self._config.world_size)
             if not arrival.ended and self._loaded_as_it_comes(arrival):
                 return
             arrival.settle()
@@ -128,6 +147,7 @@ class Preparation(threading.Thread):
         """Plan, and bring the weights into memory as the gate lets their bytes through."""
         self.directory = directory
         tensors = read_checkpoint(directory, gate)
+        _check_size(self.model, self._config.world_size)
         if isinstance(self.model, ForeignModel):
             self.plan = plan_all(tensors)
         else:
@@ -135,12 +155,11 @@ class Preparation(threading.Thread):
         self._mark("plan")
         if gate is OPEN:
             self._send(Progress(phase="load", bytes_total=self.plan.read_bytes, directory=str(directory)))
-        self.driver = driver = self._device.driver()
+        if self._ranks is None:
+            self._find_device()
+        driver = self.driver
         if driver is None:
             native.build()
-        else:
-            self._mark("device")
-            self.device = "cuda"
         if driver is None or isinstance(self.model, ForeignModel):
             self.weights = MappedWeights(self.plan, gate)
         else:
@@ -148,6 +167,12 @@ class Preparation(threading.Thread):
         self._mark("first_byte")
         self.weights.load(self._loaded if gate is OPEN else lambda done: None)
         self._mark("last_byte")
+
+    def _find_device(self) -> None:
+        self.driver = self._device.driver()
+        if self.driver is not None:
+            self._mark("device")
+            self.device = "cuda"
 
     def _loaded(self, done: int) -> None:
         self._progress("load", done, self.weights.num_bytes)
@@ -166,28 +191,45 @@ class Preparation(threading.Thread):
         self.marks[name] = marks.since_exec()
 
 
-def start(config: EngineConfig, send: Callable[[Event], None]) -> tuple[Engine, Ready, Sleeper]:
-    """Load the model and build its engine. Raises `FirstlightError` for what a person must mend."""
-    if config.world_size > 1:
-        # Before anything is fetched; one process alone would compute with its share of the weights.
+def _check_size(model: Model | ForeignModel, world_size: int) -> None:
+    """Refuse a tensor-parallel size that the model cannot be divided by."""
+    if isinstance(model, Model):
+        check_world_size(model.config, world_size)
+    elif world_size > 1:
         raise FirstlightError(
-            f"--tensor-parallel-size {config.world_size}: this version computes on one device. If the model "
-            "fits on it, start with --tensor-parallel-size 1."
+            f"--tensor-parallel-size {world_size}: {model.architecture} is run through transformers' own "
+            "class, on one device. Start with --tensor-parallel-size 1."
         )
-    preparation = Preparation(config, send)
+
+
+def start(
+    config: EngineConfig, send: Callable[[Event], None], ranks: Ranks | None = None
+) -> tuple[Engine, Ready, Sleeper]:
+    """Load the model and build its engine, or with `ranks` this rank's part of it.
+
+    Raises `FirstlightError` for what a person must mend.
+    """
+    native.share_cores(config.world_size)
+    preparation = Preparation(config, send, ranks)
     preparation.start()
     import_torch()
     torch_imported = marks.since_exec()
     from runtime.engine.build import build_engine
     from runtime.engine.sleeper import Sleeper
 
+    group = None
+    if ranks is not None:
+        from runtime.parallel.group import enter
+
+        preparation.meet()
+        group = enter(ranks, preparation.device, _PATIENCE * config.stuck_after_s)
     if preparation.device == "cuda":
         importlib.import_module("runtime.engine.device_runner")  # with triton, while weights are on their way
     preparation.finish()
     device = preparation.device
     memory = _memory(preparation, config.world_size)
     engine, dtype = build_engine(
-        config, preparation.directory, preparation.model, preparation.weights.tensors, device, memory
+        config, preparation.directory, preparation.model, preparation.weights.tensors, device, memory, group
     )
     sleeper = Sleeper(engine, memory, send)
     ready = Ready(

@@ -9,14 +9,26 @@ from runtime.kernels.linear import NATIVE_TYPES
 
 
 def embedding(
-    token_ids: torch.Tensor, table: torch.Tensor, dtype: torch.dtype, multiplier: float
+    token_ids: torch.Tensor,
+    table: torch.Tensor,
+    dtype: torch.dtype,
+    multiplier: float,
+    first_id: int | None = None,
 ) -> torch.Tensor:
-    """token_ids [T], table [vocab_size, hidden_size] -> rows of it times multiplier, in dtype."""
+    """token_ids [T], table [vocab_size, hidden_size] -> rows of it times multiplier, in dtype.
+
+    With `first_id`, the table is a part of the whole that begins with that id, and ids outside give zeros.
+    """
     if table.device.type == "cuda":
         from runtime.kernels.gpu.embedding import embedding as on_gpu
 
         out = table.new_empty((token_ids.shape[0], table.shape[1]), dtype=dtype)
-        return on_gpu(token_ids, table, out, scale=multiplier)
+        return on_gpu(token_ids, table, out, first_id or 0, multiplier)
+    if first_id is not None:
+        token_ids = token_ids - first_id
+        outside = (token_ids < 0) | (token_ids >= table.shape[0])
+        held = embedding(token_ids.masked_fill(outside, 0), table, dtype, multiplier)
+        return held.masked_fill_(outside[:, None], 0.0)
     lib = native.library()
     if lib is None or dtype != torch.float32 or table.dtype not in NATIVE_TYPES or table.stride(1) != 1:
         return embedding_torch(token_ids, table, dtype, multiplier)

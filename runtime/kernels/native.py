@@ -57,9 +57,18 @@ class Part(ctypes.Structure):
     _fields_ = [("weight", _pointer), ("rows", _long), ("stride", _long), ("bias", _pointer)]
 
 
+_num_processes = 1
+
+
+def share_cores(num_processes: int) -> None:
+    """Leave the other processes that compute the same model their share of the cores."""
+    global _num_processes
+    _num_processes = num_processes
+
+
 def default_threads() -> int:
     """How many cores this process may use."""
-    return len(os.sched_getaffinity(0))
+    return max(1, len(os.sched_getaffinity(0)) // _num_processes)
 
 
 @functools.cache

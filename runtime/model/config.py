@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,7 +55,7 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One decoder-only transformer. Sizes are per model, not per rank.
+    """One decoder-only transformer, whole; `of_rank` has the sizes per rank.
 
     rope                  None where positions do not rotate
     local_rope            that of the layers with a window, where it is another
@@ -101,6 +101,15 @@ class ModelConfig:
     normalized_head: bool = False
     logits_softcap: float = 0.0
     quantization: Quantization | None = None
+
+    def of_rank(self, world_size: int) -> ModelConfig:
+        """The sizes of what each of `world_size` ranks computes: its heads, and its part of the MLP."""
+        return replace(
+            self,
+            num_heads=self.num_heads // world_size,
+            num_kv_heads=max(1, self.num_kv_heads // world_size),
+            intermediate_size=self.intermediate_size // world_size,
+        )
 
 
 class RawConfig:

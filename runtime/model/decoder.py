@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -19,8 +19,12 @@ from runtime.model.layers import (
     OutputNorm,
     RMSNorm,
     Weights,
+    adds_bias,
 )
 from runtime.model.rope import alibi_slopes, cos_sin_table, log_n_table
+
+if TYPE_CHECKING:
+    from runtime.parallel.group import Group
 
 
 class CausalLM(Protocol):
@@ -48,13 +52,17 @@ class CausalLM(Protocol):
 class DecoderLayer:
     """Attention and MLP, each behind a norm and added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, prefix: str, attention: Attention) -> None:
-        self.attention_norm = RMSNorm(config, weights, f"{prefix}attention_norm")
+    def __init__(
+        self, config: ModelConfig, weights: Weights, prefix: str, attention: Attention, group: Group | None
+    ) -> None:
+        # Without norms of their own, the ranks' parts are added up by the norm that comes next.
+        adds_up = None if f"{prefix}attention_output_norm" in weights else group
+        self.attention_norm = RMSNorm(config, weights, f"{prefix}attention_norm", adds_up)
         self.attention = attention
-        self.attention_output_norm = OutputNorm(config, weights, f"{prefix}attention_output_norm")
-        self.mlp_norm = RMSNorm(config, weights, f"{prefix}mlp_norm")
-        self.mlp = MLP(weights, prefix, config.activation)
-        self.mlp_output_norm = OutputNorm(config, weights, f"{prefix}mlp_output_norm")
+        self.attention_output_norm = OutputNorm(config, weights, f"{prefix}attention_output_norm", group)
+        self.mlp_norm = RMSNorm(config, weights, f"{prefix}mlp_norm", adds_up)
+        self.mlp = MLP(weights, prefix, config.activation, adds_bias(group))
+        self.mlp_output_norm = OutputNorm(config, weights, f"{prefix}mlp_output_norm", group)
 
     def attend(
         self,
@@ -74,17 +82,28 @@ class DecoderLayer:
 
 
 class Decoder:
-    """A model with its weights. `dtype` is what activations are computed in."""
+    """A model with its weights. `dtype` is what activations are computed in.
 
-    capturable = True
+    In a group, `weights` are this rank's share, and what `config` counts is the whole model.
+    """
 
-    def __init__(self, config: ModelConfig, weights: Weights, max_model_len: int, dtype: torch.dtype) -> None:
-        self.config = config
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        max_model_len: int,
+        dtype: torch.dtype,
+        group: Group | None = None,
+    ) -> None:
+        self.config = config if group is None else config.of_rank(group.world_size)
         self.max_model_len = max_model_len
-        self.embedding = Embedding(weights["embedding"][0], dtype, config.embedding_multiplier)
-        self.layers = _layers(config, weights, max_model_len, self.embedding.table.device)
-        self.norm = RMSNorm(config, weights, "norm")
-        self.head = Head(config, weights)
+        self.embedding = Embedding(config, weights["embedding"][0], dtype, group)
+        # A CPU's tapes hold no exchange with other ranks.
+        self.capturable = group is None or self.embedding.table.is_cuda
+        self.layers = _layers(config, weights, max_model_len, self.embedding.table.device, group)
+        last_group = self.layers[-1].mlp_norm.group
+        self.norm = RMSNorm(config, weights, "norm", last_group)
+        self.head = Head(config, weights, group)
         self.log_n: torch.Tensor | None = None
         if config.log_n_length is not None and config.log_n_length < max_model_len:
             table = log_n_table(config.log_n_length, max_model_len).repeat(self.num_position_tables)
@@ -124,12 +143,21 @@ class Decoder:
         return self.head(self.norm(x, residual))
 
 
+def _slopes(config: ModelConfig, device: torch.device, group: Group | None) -> torch.Tensor | None:
+    """The biases' slopes of the heads that are computed here, [num_heads]."""
+    if not config.alibi:
+        return None
+    slopes = alibi_slopes(config.num_heads).to(device)
+    return slopes if group is None else slopes.chunk(group.world_size)[group.rank].contiguous()
+
+
 def _layers(
-    config: ModelConfig, weights: Weights, max_model_len: int, device: torch.device
+    config: ModelConfig, weights: Weights, max_model_len: int, device: torch.device, group: Group | None
 ) -> list[DecoderLayer]:
     """All layers; those that rotate alike share one table of angles."""
     scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
-    slopes = alibi_slopes(config.num_heads).to(device) if config.alibi else None
+    slopes = _slopes(config, device, group)
+    num_heads = config.num_heads // (1 if group is None else group.world_size)
 
     def table(rope: RopeConfig | None) -> torch.Tensor | None:
         return None if rope is None else cos_sin_table(rope, max_model_len).to(device)
@@ -141,10 +169,9 @@ def _layers(
         prefix = f"layers.{index}."
         # A window that nothing served is longer than hides nothing.
         visible = window if window < max_model_len else 0
-        num_heads = weights[f"{prefix}o"][0].shape[1] // config.head_dim
         form = AttentionForm(num_heads, scale, config.attention_softcap, visible, slopes)
         rope, cos_sin = in_windows if window else everywhere
         interleaved = rope is not None and rope.interleaved
-        attention = Attention(config, weights, prefix, form, cos_sin, interleaved)
-        layers.append(DecoderLayer(config, weights, prefix, attention))
+        attention = Attention(config, weights, prefix, form, cos_sin, interleaved, adds_bias(group))
+        layers.append(DecoderLayer(config, weights, prefix, attention, group))
     return layers

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 
 from runtime.kernels.activation import gelu_tanh_mul
 from runtime.kernels.attention import AttentionForm, attention
@@ -14,6 +16,9 @@ from runtime.kernels.linear import LinearWeights, linear, logits_of, silu_linear
 from runtime.kernels.norm import add_rms_norm, head_rms_norm
 from runtime.kernels.rotary import rotary_store
 from runtime.model.config import Activation, ModelConfig
+
+if TYPE_CHECKING:
+    from runtime.parallel.group import Group
 
 Weights = Mapping[str, tuple[torch.Tensor, ...]]
 
@@ -28,50 +33,74 @@ class LayerCache:
         self.values = values
 
 
-def linear_weights(weights: Weights, name: str) -> LinearWeights:
-    """The (possibly fused) projection `name` with its bias, if the checkpoint has one."""
-    biases = weights.get(f"{name}_bias", ())
+def linear_weights(weights: Weights, name: str, with_bias: bool = True) -> LinearWeights:
+    """The (possibly fused) projection `name` with its bias, if the checkpoint has one and it is wanted."""
+    biases = weights.get(f"{name}_bias", ()) if with_bias else ()
     # The CPU's kernels add biases in float32; a GPU's library wants them as the weights are.
     return LinearWeights(
         weights[name], [bias.float() if bias.device.type == "cpu" else bias for bias in biases]
     )
 
 
-class Embedding:
-    """Token ids to rows of the embedding table, in the dtype that the decoder computes in."""
+def adds_bias(group: Group | None) -> bool:
+    """Whether this rank adds the biases of sums that all ranks have a part in: one of them does."""
+    return group is None or group.rank == 0
 
-    def __init__(self, table: torch.Tensor, dtype: torch.dtype, multiplier: float) -> None:
+
+class Embedding:
+    """Token ids to rows of the embedding table, in the dtype that the decoder computes in.
+
+    In a group each rank has its share of the table's `vocab_size` rows.
+    """
+
+    def __init__(
+        self, config: ModelConfig, table: torch.Tensor, dtype: torch.dtype, group: Group | None
+    ) -> None:
         self.table = table
+        self.group = group
         self.dtype = dtype
         # Rounded as the reference rounds it: in bfloat16, Gemma's 67.88 is 68.
-        self.multiplier = torch.tensor(multiplier, dtype=dtype).item()
+        self.multiplier = torch.tensor(config.embedding_multiplier, dtype=dtype).item()
+        self.first_id: int | None = None
+        if group is not None:
+            self.first_id = group.rank * -(-config.vocab_size // group.world_size)
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[T] -> [T, hidden_size]"""
-        return embedding(token_ids, self.table, self.dtype, self.multiplier)
+        rows = embedding(token_ids, self.table, self.dtype, self.multiplier, self.first_id)
+        return rows if self.group is None else self.group.all_reduce(rows)
 
 
 class RMSNorm:
-    """Residual addition and RMSNorm in one pass."""
+    """Residual addition and RMSNorm in one pass. With a group, x is a rank's part of what is added."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, name: str) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, name: str, group: Group | None = None) -> None:
         self.weight = norm_weight(config, weights, name)
         self.eps = config.rms_norm_eps
+        self.group = group
 
     def __call__(self, x: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor:
         """residual += x in place; returns the normed residual. All [T, hidden_size]."""
+        if x is not None and self.group is not None:
+            return self.group.add_rms_norm(x, residual, self.weight, self.eps)
         return add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class OutputNorm:
-    """RMSNorm of what attention or MLP adds to the residual, for checkpoints that have one there."""
+    """RMSNorm of what attention or MLP adds to the residual, for checkpoints that have one there.
 
-    def __init__(self, config: ModelConfig, weights: Weights, name: str) -> None:
+    Where there is none, x stays what it is: in a group, a rank's part of a sum.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights, name: str, group: Group | None) -> None:
         self.norm = RMSNorm(config, weights, name) if name in weights else None
+        self.group = group
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[T, hidden_size] -> [T, hidden_size]"""
-        return x if self.norm is None else self.norm(None, x)
+        if self.norm is None:
+            return x
+        return self.norm(None, x if self.group is None else self.group.all_reduce(x))
 
 
 def norm_weight(config: ModelConfig, weights: Weights, name: str) -> torch.Tensor:
@@ -81,7 +110,10 @@ def norm_weight(config: ModelConfig, weights: Weights, name: str) -> torch.Tenso
 
 
 class Attention:
-    """Self-attention over the paged cache. `cos_sin` is None where positions do not rotate."""
+    """Self-attention over the paged cache. `cos_sin` is None where positions do not rotate.
+
+    In a group, ranks have some of the heads each; one of them, which `adds_bias`, adds the output's bias.
+    """
 
     def __init__(
         self,
@@ -91,9 +123,10 @@ class Attention:
         form: AttentionForm,
         cos_sin: torch.Tensor | None,
         interleaved: bool,
+        adds_bias: bool,
     ) -> None:
         self.qkv = linear_weights(weights, f"{prefix}qkv")
-        self.output = linear_weights(weights, f"{prefix}o")
+        self.output = linear_weights(weights, f"{prefix}o", adds_bias)
         self.form = form
         self.cos_sin = cos_sin
         self.interleaved = interleaved
@@ -106,7 +139,10 @@ class Attention:
     def __call__(
         self, x: torch.Tensor, batch: PackedBatch, query_scale: torch.Tensor | None, cache: LayerCache
     ) -> torch.Tensor:
-        """[T, hidden_size] -> [T, hidden_size]; the new keys and values go into the cache."""
+        """[T, hidden_size] -> [T, hidden_size], in a group this rank's part of the sum.
+
+        The new keys and values go into the cache.
+        """
         qkv = linear(x, self.qkv)
         if self.head_norms is not None:
             head_rms_norm(qkv, *self.head_norms, self.eps, self.form.num_heads)
@@ -119,15 +155,15 @@ class Attention:
 
 
 class MLP:
-    """The gated MLP: down(activation(gate(x)) * up(x))."""
+    """The gated MLP: down(activation(gate(x)) * up(x)); `adds_bias` as for `Attention`."""
 
-    def __init__(self, weights: Weights, prefix: str, activation: Activation) -> None:
+    def __init__(self, weights: Weights, prefix: str, activation: Activation, adds_bias: bool) -> None:
         self.gate_up = linear_weights(weights, f"{prefix}gate_up")
-        self.down = linear_weights(weights, f"{prefix}down")
+        self.down = linear_weights(weights, f"{prefix}down", adds_bias)
         self.activation = activation
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, hidden_size] -> [T, hidden_size]"""
+        """[T, hidden_size] -> [T, hidden_size], in a group this rank's part of the sum."""
         if self.activation == "silu":
             gated = silu_linear(x, self.gate_up)
         else:
@@ -136,9 +172,11 @@ class MLP:
 
 
 class Head:
-    """The last hidden state to logits, in float32."""
+    """The last hidden state to logits, in float32; in a group each rank computes its share of them."""
 
-    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, group: Group | None) -> None:
+        self.vocab_size = config.vocab_size
+        self.group = group
         self.weights = LinearWeights(weights["embedding" if config.tie_word_embeddings else "head"])
         self.softcap = config.logits_softcap
         self.row_norms: torch.Tensor | None = None
@@ -153,4 +191,10 @@ class Head:
             logits /= self.row_norms
         if self.softcap:
             logits.div_(self.softcap).tanh_().mul_(self.softcap)
-        return logits
+        return logits if self.group is None else self._gathered(logits, self.group)
+
+    def _gathered(self, logits: torch.Tensor, group: Group) -> torch.Tensor:
+        """All ranks' logits; the last ranks' shares may be shorter, and what fills them up is cut off."""
+        missing = -(-self.vocab_size // group.world_size) - logits.shape[1]
+        everyone = group.all_gather(F.pad(logits, (0, missing)) if missing else logits)
+        return everyone[:, : self.vocab_size]

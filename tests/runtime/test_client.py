@@ -111,7 +111,7 @@ class TestCrash:
                 await client.wait_ready()
 
         run(test())
-        assert capfd.readouterr().err.count("the engine process ended") == 2
+        assert capfd.readouterr().err.count("The engine ended with status 1") == 2
 
 
 class TestLeaving:

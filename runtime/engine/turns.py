@@ -1,0 +1,103 @@
+"""How ranks keep step: they take the same commands before the same step, and see that it is the same step.
+
+An engine's loop depends on nothing but what its channel tells it: which commands have arrived, and which
+grammars are compiled. So rank 0, which the handler talks to, passes on what each of its calls returned, and
+the same call returns the same on every other rank. After each step rank 0 compares everyone's fingerprints
+of it, before anything of it is told to anyone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from runtime.engine.channel import Channel
+from runtime.engine.watchdog import Watchdog
+from runtime.parallel.control import ParallelError
+from runtime.parallel.ranks import Ranks
+from runtime.protocol import Command, Event, Submit, decode_commands, encode_commands
+
+if TYPE_CHECKING:
+    from runtime.engine.compiling import Compiling
+
+_FINGERPRINT_BYTES = 8
+
+
+class DivergenceError(ParallelError):
+    """The ranks of an engine no longer compute the same."""
+
+
+class LeadingChannel:
+    """Rank 0's: a `Channel` whose commands reach the followers, too."""
+
+    def __init__(self, channel: Channel, ranks: Ranks, watchdog: Watchdog) -> None:
+        self._channel = channel
+        self._ranks = ranks
+        self._watchdog = watchdog
+        self._step = 0
+
+    def send(self, event: Event) -> None:
+        """See `Channel.send`."""
+        self._channel.send(event)
+
+    def receive(self, wait: bool) -> list[Command]:
+        """See `Channel.receive`."""
+        self._watchdog.rest()
+        commands = self._channel.receive(wait)
+        self._watchdog.work()
+        body = encode_commands(commands)
+        for line in self._ranks.lines:
+            line.send(body)
+        return commands
+
+    def wake(self) -> None:
+        """See `Channel.wake`."""
+        self._channel.wake()
+
+    def compiled(self, compiling: Compiling) -> list[Submit]:
+        """See `Channel.compiled`."""
+        requests = compiling.finished()
+        body = msgspec.msgpack.encode([request.request_id for request in requests])
+        for line in self._ranks.lines:
+            line.send(body)
+        return requests
+
+    def check(self, fingerprint: int) -> None:
+        """Compare all ranks' fingerprints of the step. Raises `DivergenceError` when they differ."""
+        self._step += 1
+        for rank, line in enumerate(self._ranks.lines, 1):
+            if int.from_bytes(line.receive(), "little", signed=True) != fingerprint:
+                raise DivergenceError(
+                    f"Rank {rank} computed another batch than rank 0 in step {self._step}: nothing of it is "
+                    "answered."
+                )
+
+
+class FollowingChannel:
+    """A follower's: what rank 0 received, in the same order. Nobody is told anything."""
+
+    def __init__(self, ranks: Ranks, watchdog: Watchdog) -> None:
+        self._ranks = ranks
+        self._watchdog = watchdog
+
+    def send(self, event: Event) -> None:
+        """Rank 0 sends it."""
+
+    def receive(self, wait: bool) -> list[Command]:
+        """What the same call returned on rank 0."""
+        self._watchdog.rest()
+        commands = decode_commands(self._ranks.lines[0].receive())
+        self._watchdog.work()
+        return commands
+
+    def wake(self) -> None:
+        """Rank 0 is woken for everyone."""
+
+    def compiled(self, compiling: Compiling) -> list[Submit]:
+        """What the same call returned on rank 0, as soon as this rank is so far, too."""
+        return compiling.await_these(msgspec.msgpack.decode(self._ranks.lines[0].receive(), type=list[str]))
+
+    def check(self, fingerprint: int) -> None:
+        """Let rank 0 compare."""
+        self._ranks.lines[0].send(fingerprint.to_bytes(_FINGERPRINT_BYTES, "little", signed=True))

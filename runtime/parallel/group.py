@@ -1,0 +1,114 @@
+"""What the ranks of one engine compute together: sums and concatenations over all of them.
+
+This is the plain way, through torch.distributed: gloo between CPUs, NCCL between GPUs.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch._C import _distributed_c10d as c10d
+
+from runtime.kernels.norm import add_rms_norm
+from runtime.parallel.control import listen
+from runtime.parallel.ranks import Ranks
+
+
+class Group:
+    """One rank's end of the group. All ranks must call the same methods in the same order.
+
+    `backend` is one of torch's process groups, used directly: nothing global is set up.
+    """
+
+    def __init__(self, backend: Any, rank: int, world_size: int) -> None:
+        self._backend = backend
+        self.rank = rank
+        self.world_size = world_size
+        self._sum, self._least = c10d.AllreduceOptions(), c10d.AllreduceOptions()
+        self._sum.reduceOp = c10d.ReduceOp(c10d.ReduceOp.SUM)
+        self._least.reduceOp = c10d.ReduceOp(c10d.ReduceOp.MIN)
+        # On a GPU, in the stream that asks, so that there is nothing to wait for.
+        self._sum.asyncOp = self._least.asyncOp = False
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """x becomes the sum of all ranks' x, which have the same shape; returns it."""
+        if x.numel():
+            self._wait(self._backend.allreduce([x], self._sum))
+        return x
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        """As `kernels.norm.add_rms_norm` with the sum of all ranks' x; residual is the same everywhere."""
+        return add_rms_norm(self.all_reduce(x), residual, weight, eps)
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        """x [R, n] of each rank -> [R, world_size * n], rank by rank along the second axis."""
+        rows, width = x.shape
+        found = x.new_empty((self.world_size * rows, width))
+        if x.numel():
+            self._wait(self._backend._allgather_base(found, x.contiguous()))
+        return found.view(self.world_size, rows, width).transpose(0, 1).reshape(rows, -1)
+
+    def least(self, value: int) -> int:
+        """The smallest of all ranks' values."""
+        device = "cuda" if self._backend.name() == "nccl" else "cpu"
+        held = torch.tensor([value], dtype=torch.int64, device=device)
+        self._wait(self._backend.allreduce([held], self._least))
+        return int(held.item())
+
+    @staticmethod
+    def _wait(work: c10d.Work | None) -> None:
+        if work is not None:
+            work.wait()
+
+
+def enter(ranks: Ranks, device: str, timeout_s: float) -> Group:
+    """Join the group on `cpu` or `cuda`; what takes the others longer than `timeout_s` is an error.
+
+    All ranks must do this together.
+    """
+    store = _store(ranks, timedelta(seconds=timeout_s))
+    interface = "lo" if ranks.meeting.local else None
+    # Who does not know the token does not find the keys.
+    keys = c10d.PrefixStore(ranks.meeting.token, store)
+    return connect(keys, ranks.rank, ranks.world_size, device, timeout_s, interface)
+
+
+def _store(ranks: Ranks, timeout: timedelta) -> c10d.Store:
+    """Rank 0's store, on a port of its own, which the others hear of once it is served."""
+    address, size = ranks.meeting.address, ranks.world_size
+    if ranks.rank:
+        port = ranks.control.exchange(0)[0]
+        return c10d.TCPStore(address, port, size, timeout=timeout, wait_for_workers=False)
+    listener = listen(address)
+    port = listener.getsockname()[1]
+    store = c10d.TCPStore(
+        address, port, size, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
+    ranks.control.exchange(port)
+    return store
+
+
+def connect(
+    store: c10d.Store, rank: int, world_size: int, device: str, timeout_s: float, interface: str | None = "lo"
+) -> Group:
+    """The group of all ranks that share a store. They talk over a network interface, None for any."""
+    timeout = timedelta(seconds=timeout_s)
+    if device == "cuda":
+        if interface is not None:
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+        settings = c10d.ProcessGroupNCCL.Options()
+        settings._timeout = timeout
+        return Group(c10d.ProcessGroupNCCL(store, rank, world_size, settings), rank, world_size)
+    options: Any = c10d.ProcessGroupGloo.__dict__["_Options"]()
+    options._timeout = timeout
+    if interface is None:
+        gloo = c10d.ProcessGroupGloo.create_default_device()
+    else:
+        gloo = c10d.ProcessGroupGloo.create_device(interface=interface)
+    options._devices = [gloo]
+    return Group(c10d.ProcessGroupGloo(store, rank, world_size, options), rank, world_size)
