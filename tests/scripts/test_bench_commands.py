@@ -14,7 +14,7 @@ from throughput import engine_settings
 
 from tests.scripts.conftest import BENCH
 
-REPORTS = ("cold_start", "cpu", "memory", "serving", "throughput")
+REPORTS = ("cold_start", "cpu", "memory", "serving", "throughput", "wake")
 
 
 def bench(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
