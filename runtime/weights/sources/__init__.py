@@ -42,7 +42,7 @@ def locate(spec: ModelSpec, cache_dir: Path) -> Path | None:
     """
     reference = _reference(spec)
     if reference.kind == "local":
-        return local.locate(reference)
+        return local.locate(reference, cache_dir)
     if reference.kind == "hub":
         from runtime.weights.sources import hub
 
@@ -76,7 +76,7 @@ def arrive(spec: ModelSpec, cache_dir: Path, on_progress: Callable[[FetchProgres
 def fetch_reference(reference: Reference, cache_dir: Path, report: Callable[[FetchProgress], None]) -> Path:
     """`fetch`, of a reference that says everything itself."""
     if reference.kind == "local":
-        return local.fetch(reference)
+        return local.fetch(reference, cache_dir, report)
     if reference.kind == "hub":
         from runtime.weights.sources import hub
 

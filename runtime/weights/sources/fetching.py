@@ -7,10 +7,12 @@ from pathlib import Path
 
 from runtime.weights.sources.cache import Entry, explained, require_space
 from runtime.weights.sources.journal import Journal, read_manifest, read_records
+from runtime.weights.sources.pickles import convert_into
 from runtime.weights.sources.progress import FetchProgress
 from runtime.weights.sources.remote import Remote, RemoteFile
 from runtime.weights.sources.selection import (
     SAFETENSORS_INDEX,
+    is_pickled,
     is_small,
     is_weight_candidate,
     require_config,
@@ -44,8 +46,18 @@ def bring(remote: Remote, source: str, entry: Entry, on_progress: OnProgress) ->
                 chosen = _download(remote, entry, files, journal, on_progress)
             finally:
                 journal.close()
-            entry.publish(source, {file.name: file.size for file in chosen})
+            _publish(entry, source, {file.name: file.size for file in chosen}, on_progress)
     return entry.directory
+
+
+def _publish(entry: Entry, source: str, files: dict[str, int], on_progress: OnProgress) -> None:
+    """Publish these files, which are in place; pickled weights are converted first."""
+    pickled = [name for name in files if is_pickled(name)]
+    if pickled:
+        files |= convert_into(entry, entry.directory, pickled, on_progress)
+    entry.publish(source, {name: size for name, size in files.items() if name not in pickled})
+    for name in pickled:
+        (entry.directory / name).unlink()
 
 
 def _download(

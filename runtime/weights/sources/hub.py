@@ -11,6 +11,7 @@ import json
 import os
 from pathlib import Path
 
+from runtime.weights.sources import local
 from runtime.weights.sources.cache import Entry, explained, model_dir, recall, remember
 from runtime.weights.sources.errors import SourceError
 from runtime.weights.sources.fetching import OnProgress, bring
@@ -30,15 +31,19 @@ def locate(reference: Reference, cache_dir: Path) -> Path | None:
         entry = _entry(reference, cache_dir, commit)
         if entry.complete():
             return entry.directory
-    return _in_client_cache(reference, ref)
+    snapshot = _in_client_cache(reference, ref)
+    return None if snapshot is None else local.locate(snapshot, cache_dir)
 
 
 def fetch(reference: Reference, cache_dir: Path, on_progress: OnProgress) -> Path:
     """Bring what is missing of the model and return its directory; see `sources.fetch`."""
     ref = reference.revision or "main"
     pinned = _is_commit(ref)
-    if (pinned or _offline()) and (here := locate(reference, cache_dir)):
-        return here
+    if pinned or _offline():
+        if here := locate(reference, cache_dir):
+            return here
+        if found := _in_client_cache(reference, ref):
+            return local.fetch(found, cache_dir, on_progress)
     if _offline():
         raise SourceError(
             "network",
@@ -49,9 +54,11 @@ def fetch(reference: Reference, cache_dir: Path, on_progress: OnProgress) -> Pat
 
     remote = HubRemote(reference)
     entry = _entry(reference, cache_dir, remote.commit)
-    directory = None if entry.complete() else _in_client_cache(reference, remote.commit)
-    if directory is None:
+    snapshot = None if entry.complete() else _in_client_cache(reference, remote.commit)
+    if snapshot is None:
         directory = bring(remote, reference.url, entry, on_progress)
+    else:
+        directory = local.fetch(snapshot, cache_dir, on_progress)
     if not pinned:
         with explained(entry.model_dir):
             remember(entry.model_dir, ref, remote.commit)
@@ -74,7 +81,7 @@ def _entry(reference: Reference, cache_dir: Path, commit: str) -> Entry:
     return Entry(cache_dir, "hub", _folder(reference), commit)
 
 
-def _in_client_cache(reference: Reference, ref: str) -> Path | None:
+def _in_client_cache(reference: Reference, ref: str) -> Reference | None:
     """A complete snapshot that the Hub's own client left in its cache, if there is one."""
     home = os.environ.get("HF_HOME") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface"
@@ -92,8 +99,10 @@ def _in_client_cache(reference: Reference, ref: str) -> Path | None:
     if listed is None:
         # An older client kept no listing. A snapshot with these files was most likely taken whole.
         whole = "tokenizer_config.json" in present and bool(present & _TOKENIZERS)
-        return snapshot if whole and holds_model(snapshot) else None
-    return snapshot if _holds_needed(snapshot, present, listed) else None
+        complete = whole and holds_model(snapshot)
+    else:
+        complete = _holds_needed(snapshot, present, listed)
+    return Reference("local", str(snapshot)) if complete else None
 
 
 def _client_listing(path: Path) -> set[str] | None:

@@ -20,7 +20,7 @@ from runtime.weights.sources import transfer
 from runtime.weights.sources.cache import partial_dir
 from runtime.weights.sources.journal import Records, read_manifest
 from runtime.weights.sources.partial import Stopped
-from runtime.weights.sources.selection import is_weight_candidate
+from runtime.weights.sources.selection import is_pickled, is_weight_candidate
 
 _POLL_S = 0.003
 
@@ -48,10 +48,17 @@ class Landing:
         self._opened: dict[str, tuple[int, int]] = {}
 
     def names(self, directory: Path) -> set[str]:
-        """The names that the model's files have or will have in its directory."""
-        manifest = read_manifest(self._partial)
-        present = {path.name for path in directory.iterdir()}
-        return present if manifest is None else present.union(manifest.chosen)
+        """The names that the model's files have or will have in its directory.
+
+        Pickled weights have to come whole, and be converted, before there is anything to read.
+        """
+        while True:
+            manifest = read_manifest(self._partial)
+            if manifest is None:
+                return {path.name for path in directory.iterdir()}
+            if not any(is_pickled(name) for name in manifest.chosen):
+                return set(manifest.chosen)
+            self._pause()
 
     def open(self, file: Path) -> int:
         """A descriptor of the file, once that has its full size. Raises Replaced and Stopped."""

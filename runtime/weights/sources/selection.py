@@ -9,7 +9,6 @@ from collections.abc import Collection, Iterable
 from runtime.weights.sources.errors import SourceError
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
-_PICKLE_INDEX = "pytorch_model.bin.index.json"
 
 # Everything that is small and that something in the runtime reads before the weights.
 _SMALL = (
@@ -31,7 +30,8 @@ _SMALL = (
     "hf_quant_config.json",
     SAFETENSORS_INDEX,
 )
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", _PICKLE_INDEX)
+_PICKLED = "pytorch_model*.bin"
+_WEIGHTS = ("*.safetensors", _PICKLED)
 # The same weights once more, in the layout of the family's first release.
 _DUPLICATES = ("consolidated*",)
 
@@ -48,6 +48,11 @@ def is_weight_candidate(name: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in _WEIGHTS)
 
 
+def is_pickled(name: str) -> bool:
+    """Whether a file holds weights as torch pickles them."""
+    return fnmatch.fnmatchcase(name, _PICKLED)
+
+
 def weight_files(names: Collection[str], index: bytes | None, where: str) -> list[str]:
     """The files that hold the weights, in the order in which to fetch them.
 
@@ -61,7 +66,7 @@ def weight_files(names: Collection[str], index: bytes | None, where: str) -> lis
         return ["model.safetensors"]
     candidates = [name for name in names if is_weight_candidate(name)]
     safetensors = sorted(name for name in candidates if name.endswith(".safetensors"))
-    chosen = safetensors or sorted(candidates)
+    chosen = safetensors or sorted(name for name in candidates if is_pickled(name))
     if not chosen:
         raise SourceError("invalid", f"{where} holds no weights: {_what_it_holds(names)}")
     return chosen

@@ -55,7 +55,7 @@ async def engine(source: str, cache_dir: Path) -> AsyncIterator[EngineClient]:
 async def answer_of(client: EngineClient) -> list[int]:
     sampling = SamplingParams(max_tokens=MAX_TOKENS, min_tokens=MAX_TOKENS, temperature=0.0)
     stream = client.submit(Submit(request_id="r", prompt_token_ids=PROMPT, sampling=sampling))
-    return [token for delta in [delta async for delta in stream] for token in delta.token_ids]
+    return [token for deltas in [item async for item in stream] for d in deltas for token in d.token_ids]
 
 
 def fetcher_of(client: EngineClient) -> psutil.Process:

@@ -43,13 +43,6 @@ def test_shards_come_as_the_index_names_them(hub: HubServer, cache_dir: Path) ->
     }
 
 
-def test_pickled_weights_come_only_where_there_are_no_others(hub: HubServer, cache_dir: Path) -> None:
-    hub.add_repo(
-        "org/name", {"config.json": b"{}", "pytorch_model.bin": b"pickle", "training_args.bin": b"x"}
-    )
-    assert set(contents(fetch(SPEC, cache_dir))) == {"config.json", "pytorch_model.bin"}
-
-
 def test_a_warm_start_makes_no_request(hub: HubServer, cache_dir: Path) -> None:
     hub.add_repo("org/name", model_files())
     assert locate(SPEC, cache_dir) is None

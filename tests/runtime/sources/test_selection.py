@@ -25,8 +25,8 @@ REPOSITORIES = {
     ),
     "Baichuan-13B-Chat": (
         [*_CONFIG, "tokenizer.model", "special_tokens_map.json"],
-        [*shards("pytorch_model", 3, "bin"), "pytorch_model.bin.index.json"],
-        [*_CODE, "handler.py", "requirements.txt"],
+        shards("pytorch_model", 3, "bin"),
+        [*_CODE, "handler.py", "requirements.txt", "pytorch_model.bin.index.json"],
     ),
     "Meta-Llama-3-8B-Instruct": (
         [*_CONFIG, "tokenizer.json", "special_tokens_map.json", "model.safetensors.index.json"],
