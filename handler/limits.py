@@ -83,11 +83,12 @@ def _decode(body: bytes) -> Any:
         raise _too_deep() from None
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ApiError(400, f"The request body is not valid JSON: {error}.", code="invalid_json") from None
-    _check_depth(value)
+    check_depth(value)
     return value
 
 
-def _check_depth(value: Any) -> None:
+def check_depth(value: Any) -> None:
+    """Raise `ApiError` 400 for a decoded JSON value that is nested too deeply."""
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(MAX_JSON_DEPTH):
         level = [

@@ -12,6 +12,7 @@ from handler.openai.messages import as_turns
 from handler.openai.reply.said import CallDelta, Said
 from handler.openai.schema import ChatRequest
 from handler.openai.strict import parse
+from handler.openai.structured import asked_form
 from handler.openai.tools import NamedTool, offered
 from handler.service import Service
 from runtime.protocol import TokenLogprobs
@@ -56,11 +57,12 @@ class ChatAnswer(BaseAnswer):
         )
         self.request = request
         choice = request.tool_choice
-        tools = offered(
+        offer = offered(
             [tool.function for tool in request.tools],
             choice.function if isinstance(choice, NamedTool) else choice,
         )
-        self._conversation = Conversation(service, request, as_turns(request.messages), tools, self.id)
+        turns, form = as_turns(request.messages), asked_form(request)
+        self._conversation = Conversation(service, request, turns, offer, form, self.id)
         self._names: TokenNames | None = None
         self._told_role = False
         self._plain = not (request.logprobs or request.return_token_ids)

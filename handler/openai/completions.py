@@ -12,8 +12,10 @@ from handler.openai.logprobs import CompletionLogprobs, TokenNames, extend, prom
 from handler.openai.prompts import banned_ids, encode_prompts
 from handler.openai.schema import CompletionRequest
 from handler.openai.strict import parse
+from handler.openai.structured import asked_form
 from handler.service import Service
-from runtime.protocol import SamplingParams, Submit
+from runtime.protocol import Grammar, SamplingParams, Submit
+from runtime.text.grammar import source
 from runtime.text.model_text import ModelText
 from runtime.text.sampling import answer_room, sampling_params
 from runtime.text.sequence import Sequence, TextDelta
@@ -65,6 +67,7 @@ class CompletionAnswer(BaseAnswer):
             num_sequences=len(self._prompts) * self._tries,
         )
         self.request = request
+        self._form = asked_form(request)
         self._choices: list[_Choice] = []
         added = request.echo or request.return_token_ids or request.logprobs is not None
         self._plain = not added and request.max_tokens != 0
@@ -75,8 +78,11 @@ class CompletionAnswer(BaseAnswer):
         text = await self.service.text.ready()
         prompts = await encode_prompts(text, self._prompts, request.add_special_tokens)
         banned = banned_ids(text, request.bad_words)
+        grammar = None
+        if self._form is not None:
+            grammar = Grammar(source(await self._form.part()), self._form.field)
         for number, prompt in enumerate(prompts):
-            sampling = self._sampling(text, len(prompt), banned)
+            sampling = self._sampling(text, len(prompt), banned, grammar)
             for turn in range(self._tries):
                 place = number * self._tries + turn
                 seed = None if sampling.seed is None else (sampling.seed + turn) % (1 << 63)
@@ -91,7 +97,9 @@ class CompletionAnswer(BaseAnswer):
                 self._choices.append(_Choice(request, text, self._prompts[number], sequence))
         return self.sequences
 
-    def _sampling(self, text: ModelText, prompt_tokens: int, banned: list[int]) -> SamplingParams:
+    def _sampling(
+        self, text: ModelText, prompt_tokens: int, banned: list[int], grammar: Grammar | None
+    ) -> SamplingParams:
         request = self.request
         default = text.defaults.get("max_tokens", DEFAULT_MAX_TOKENS)
         wanted = default if request.max_tokens is None else request.max_tokens
@@ -106,6 +114,7 @@ class CompletionAnswer(BaseAnswer):
             logprobs=0 if ranked and request.logprobs is None else request.logprobs,
             prompt_logprobs=asked if scored is None else max(scored, asked or 0),
             banned=banned,
+            grammar=grammar,
         )
 
     def usage(self) -> dict[str, Any]:

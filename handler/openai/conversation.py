@@ -7,14 +7,20 @@ from typing import Any
 
 import msgspec
 
+from handler.openai.errors import ApiError
 from handler.openai.prompts import banned_ids, encode_messages, template_variables
+from handler.openai.reply.call_grammar import CallRules
 from handler.openai.reply.formats import CallFormat, call_format, reasoning_tags
+from handler.openai.reply.grammar import Thinking, reply_grammar
 from handler.openai.reply.reader import ReplyReader
 from handler.openai.reply.reasoning import Reasoning
 from handler.openai.reply.said import Said
 from handler.openai.schema import ChatOptions
+from handler.openai.structured import Form
+from handler.openai.tools import Offer
 from handler.service import Service
-from runtime.protocol import Submit
+from runtime.protocol import Grammar, Submit
+from runtime.text.grammar import literal
 from runtime.text.model_text import ModelText
 from runtime.text.sampling import answer_room, sampling_params
 from runtime.text.sequence import Sequence, TextDelta
@@ -89,7 +95,8 @@ class Reply:
 class Conversation:
     """One chat request on the engine's side. After `prepare`, one sequence and one reply for each choice.
 
-    `turns` and `tools` are as chat templates take them; `name` is the beginning of the sequences' names.
+    `turns` are as chat templates take them; `form` is what the content must look like; `name` is the
+    beginning of the sequences' names.
     """
 
     def __init__(
@@ -97,13 +104,15 @@ class Conversation:
         service: Service,
         request: ChatOptions,
         turns: list[dict[str, Any]],
-        tools: list[dict[str, Any]],
+        offer: Offer,
+        form: Form | None,
         name: str,
     ) -> None:
         self.service = service
         self.request = request
         self.turns = turns
-        self.tools = tools
+        self.offer = offer
+        self.form = form
         self.name = name
         self.sequences: list[Sequence] = []
         self.replies: list[Reply] = []
@@ -119,13 +128,15 @@ class Conversation:
         prompt = await encode_messages(
             text,
             self.turns,
-            tools=self.tools,
+            tools=self.offer.told,
             call_format=calls,
             add_generation_prompt=request.add_generation_prompt,
             continue_final_message=request.continue_final_message,
             add_special_tokens=request.add_special_tokens,
             variables=template_variables(text, request.chat_template_kwargs, request.documents, effort),
         )
+        thinking = _thinking(text, tags, prompt)
+        grammar = await self._grammar(text, calls, thinking)
         asked = request.max_completion_tokens or request.max_tokens
         param = "messages" if asked is None else "max_tokens"
         room = answer_room(len(prompt), asked, text.max_model_len, param)
@@ -136,8 +147,9 @@ class Conversation:
             logprobs=(request.top_logprobs or 0) if request.logprobs else None,
             prompt_logprobs=request.prompt_logprobs,
             banned=banned_ids(text, request.bad_words),
+            grammar=grammar,
         )
-        reads_calls = calls if calls is not None and (self.tools or calls.always) else None
+        reads_calls = calls if calls is not None and (self.offer.told or calls.always) else None
         shown = _ids(text, (*(reads_calls.tags if reads_calls else ()), *(tags or ())))
         for place in range(request.n):
             seed = None if sampling.seed is None else (sampling.seed + place) % (1 << 63)
@@ -151,21 +163,39 @@ class Conversation:
                 text.tokenizer, submit, request, place, counts_prompt=place == 0, shown_ids=shown
             )
             self.sequences.append(sequence)
-            self.replies.append(self._reply(reads_calls, tags, text, prompt))
+            self.replies.append(self._reply(reads_calls, thinking))
         return text
 
-    def _reply(
-        self,
-        calls: CallFormat | None,
-        tags: tuple[str, str] | None,
-        text: ModelText,
-        prompt: list[int],
-    ) -> Reply:
+    async def _grammar(
+        self, text: ModelText, calls: CallFormat | None, thinking: Thinking | None
+    ) -> Grammar | None:
+        """What holds the replies to what the request wants of them, if anything has to."""
+        offer, form = self.offer, self.form
+        if form is None and not offer.held:
+            return None
+        field = "tool_choice" if offer.required else "tools" if form is None else form.field
+        rules = None
+        if offer.callable and calls is not None and calls.grammar is not None:
+            several = self.request.parallel_tool_calls and not offer.named
+            rules = calls.grammar(CallRules(offer.callable, several, lambda tag: _lark(text, tag)))
+        elif offer.held:
+            message = f"'{field}' cannot be met: nothing can hold this model to a way of writing its calls."
+            raise ApiError(400, message, param=field, code="unsupported_value")
+        content = None if form is None or offer.required else await form.part()
+        found = reply_grammar(
+            content,
+            rules,
+            must_call=offer.required,
+            thinking=thinking,
+            tag=lambda tag: _lark(text, tag),
+        )
+        return Grammar(found, field)
+
+    def _reply(self, calls: CallFormat | None, thinking: Thinking | None) -> Reply:
         reasoning = None
-        if tags is not None:
-            end = text.tokenizer.decode(prompt[-_PROMPT_END:], skip_special_tokens=False)
-            reasoning = Reasoning(*tags, inside=end.rstrip().endswith(tags[0]))
-        names = {tool["function"]["name"] for tool in self.tools}
+        if thinking is not None:
+            reasoning = Reasoning(thinking.begin, thinking.end, inside=thinking.inside)
+        names = {tool["function"]["name"] for tool in self.offer.told}
         reader = ReplyReader(
             reasoning,
             calls.reader(names) if calls is not None else None,
@@ -177,3 +207,16 @@ class Conversation:
 def _ids(text: ModelText, tokens: tuple[str, ...]) -> frozenset[int]:
     found = (text.tokenizer.id_of(token) for token in tokens)
     return frozenset(token_id for token_id in found if token_id is not None)
+
+
+def _thinking(text: ModelText, tags: tuple[str, str] | None, prompt: list[int]) -> Thinking | None:
+    if tags is None:
+        return None
+    end = text.tokenizer.decode(prompt[-_PROMPT_END:], skip_special_tokens=False)
+    return Thinking(*tags, inside=end.rstrip().endswith(tags[0]))
+
+
+def _lark(text: ModelText, tag: str) -> str:
+    """A tag in a Lark grammar: plain text, unless it is one of the vocabulary's special tokens."""
+    token_id = text.tokenizer.id_of(tag)
+    return f"<[{token_id}]>" if token_id in text.tokenizer.special_ids else literal(tag)

@@ -30,10 +30,6 @@ def _metadata(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
 
 
-def _plain_text_format(value: Any) -> bool:
-    return bool(value == {"type": "text"})
-
-
 # OpenAI documents that none of these changes the output.
 _WITHOUT_EFFECT: dict[str, Test] = {
     "user": _text,
@@ -52,10 +48,10 @@ _LATER: dict[str, Test] = {
     "early_stopping": _is(False),
     "function_call": _is("none", "auto"),
     "functions": _is([]),
+    "guided_decoding_backend": _is("auto", "guidance"),
     "length_penalty": _is(1, 1.0),
     "modalities": _is(["text"]),
     "priority": _is(0),
-    "response_format": _plain_text_format,
     "spaces_between_special_tokens": _is(True),
     "suffix": _is(""),
     "truncation": _is("disabled"),
@@ -71,11 +67,6 @@ _NEVER = {
     "chat_template",
     "context_management",
     "conversation",
-    "guided_choice",
-    "guided_decoding_backend",
-    "guided_grammar",
-    "guided_json",
-    "guided_regex",
     "guided_whitespace_pattern",
     "kv_transfer_params",
     "logits_processors",
@@ -87,7 +78,6 @@ _NEVER = {
     "prompt",
     "prompt_cache_options",
     "prompt_embeds",
-    "structured_outputs",
     "thinking_token_budget",
     "truncate_prompt_tokens",
     "vllm_xargs",

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator
 
 from handler.openai.messages import Messages
 from handler.openai.strict import NumTokens, Off, Strict
+from handler.openai.structured import Choices, ResponseFormat, Schema, StructuredOutputs, Text
 from handler.openai.tools import ToolChoice, Tools
 
 MAX_N = 128
@@ -62,6 +63,12 @@ class Sampling(Strict):
     bad_words: Annotated[list[BadWord], Field(max_length=128)] = []
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | None = None
+    guided_regex: Text | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: Text | None = None
 
     @field_validator("logit_bias")
     @classmethod

@@ -66,7 +66,7 @@ class Tokenize(_JsonEndpoint):
             ids = await encode_messages(
                 text,
                 as_turns(request.messages),
-                tools=offered([tool.function for tool in request.tools], "auto"),
+                tools=offered([tool.function for tool in request.tools], "auto").told,
                 call_format=call_format(self.service.settings.tool_call_parser, text),
                 variables=request.chat_template_kwargs,
                 add_generation_prompt=request.add_generation_prompt,

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-import msgspec
 from pydantic import Field
 
 from handler.openai.errors import ApiError
 from handler.openai.messages import FunctionName
+from handler.openai.reply.call_grammar import Signature
 from handler.openai.reply.formats import CallFormat
 from handler.openai.strict import Strict
+from handler.openai.structured import check_size
 
 MAX_TOOLS = 128
-MAX_SCHEMA_BYTES = 65_536
 # What the model is told of a function.
 _TOLD = {"name", "description", "parameters"}
 
@@ -54,15 +55,32 @@ ToolChoice = Choice | NamedTool
 Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)]
 
 
+@dataclass(frozen=True)
+class Offer:
+    """The tools that the model is `told` of, as chat templates take them; none if it must not call any.
+
+    `callable` are the functions that it may call; with `required` it must, and with `named` just once.
+    """
+
+    told: list[dict[str, Any]]
+    callable: list[Signature]
+    required: bool = False
+    named: bool = False
+
+    @property
+    def held(self) -> bool:
+        """Whether it takes a grammar to hold the model to this."""
+        return self.required or any(function.strict for function in self.callable)
+
+
 def offered(
     functions: Sequence[Function],
     choice: Choice | NamedFunction,
     place_of: str = "tools.{}.function",
-) -> list[dict[str, Any]]:
-    """The tools that the model is told of, as chat templates take them; none if it must not call any.
+) -> Offer:
+    """What a request offers. `place_of` is how it names the place of a function.
 
-    `place_of` is how the request names the place of a function. Raises `ApiError` 400 for tools and
-    choices that contradict each other, and for what only a grammar could hold the model to.
+    Raises `ApiError` 400 for tools and choices that contradict each other.
     """
     names = [function.name for function in functions]
     for place, function in enumerate(functions):
@@ -70,28 +88,35 @@ def offered(
     if isinstance(choice, NamedFunction) and choice.name not in names:
         message = f"'tool_choice' names the function '{choice.name}', which is not among 'tools'."
         raise ApiError(400, message, param="tool_choice", code="invalid_value")
-    if choice not in ("none", "auto"):
-        message = "'tool_choice' may be 'none' or 'auto' here; a call cannot be enforced by this server."
-        raise ApiError(400, message, param="tool_choice", code="unsupported_value")
+    if choice == "required" and not functions:
+        message = "'tool_choice' is 'required', but there are no 'tools' to call."
+        raise ApiError(400, message, param="tool_choice", code="invalid_value")
     if choice == "none":
-        return []
-    return [
-        {"type": "function", "function": function.model_dump(include=_TOLD, exclude_none=True)}
-        for function in functions
-    ]
+        return Offer([], [])
+    named = choice.name if isinstance(choice, NamedFunction) else None
+    return Offer(
+        told=[
+            {"type": "function", "function": function.model_dump(include=_TOLD, exclude_none=True)}
+            for function in functions
+        ],
+        callable=[_signature(function) for function in functions if named in (None, function.name)],
+        required=choice != "auto",
+        named=named is not None,
+    )
+
+
+def _signature(function: Function) -> Signature:
+    """What may be called. Arguments are a JSON object, and nothing in it where there are no parameters."""
+    nothing = {"properties": {}, "additionalProperties": False}
+    parameters = nothing if function.parameters is None else function.parameters
+    return Signature(function.name, {"type": "object", **parameters}, bool(function.strict))
 
 
 def _check(function: Function, earlier: list[str], param: str) -> None:
     if function.name in earlier:
         message = f"'{param}.name' is '{function.name}', which another tool is called already."
         raise ApiError(400, message, param=f"{param}.name", code="invalid_value")
-    if function.strict:
-        message = f"'{param}.strict' cannot be true: this server does not enforce schemas."
-        raise ApiError(400, message, param=f"{param}.strict", code="unsupported_value")
-    size = len(msgspec.json.encode(function.parameters))
-    if size > MAX_SCHEMA_BYTES:
-        message = f"'{param}.parameters' takes {size} bytes; {MAX_SCHEMA_BYTES} is the most."
-        raise ApiError(400, message, param=f"{param}.parameters", code="invalid_value")
+    check_size(function.parameters or {}, f"{param}.parameters")
 
 
 def with_fitting_ids(turns: list[dict[str, Any]], call_format: CallFormat | None) -> list[dict[str, Any]]:

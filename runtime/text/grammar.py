@@ -7,27 +7,27 @@ See docs/syntax.md and docs/json_schema.md of https://github.com/guidance-ai/llg
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from runtime.errors import RequestError
 
 Part = dict[str, Any]
+Schema = dict[str, Any] | bool
 
 # A space, or a new line and its indentation: what people and models write, and never more than that. Without
 # a bound, a model at a high temperature can go on with white space for ever.
 _WHITE_SPACE = r"[ ]|\n[ \t]{0,40}"
+# The formats of strings that llguidance knows. JSON Schema has any other one be a mere remark.
+_FORMATS = {"date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"}
+# Keywords whose values hold schemas by names, and those whose values are no schemas at all.
+_MAPS = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
+_DATA = {"const", "enum", "default", "examples"}
 
 
-def json_schema(schema: dict[str, Any] | bool, *, lenient: bool = False) -> Part:
+def json_schema(schema: Schema, *, lenient: bool = False) -> Part:
     """JSON that fits a schema; `lenient` leaves out what a grammar cannot express, instead of refusing it."""
     return {"json_schema": with_options(schema, lenient=lenient)}
-
-
-def with_options(schema: dict[str, Any] | bool, *, lenient: bool = False) -> dict[str, Any]:
-    """The schema with what llguidance is to do about white space and about what it does not know."""
-    whole = schema if isinstance(schema, dict) else {} if schema else {"enum": []}
-    return whole | {"x-guidance": {"whitespace_pattern": _WHITE_SPACE, "lenient": lenient}}
 
 
 def any_object() -> Part:
@@ -35,9 +35,49 @@ def any_object() -> Part:
     return json_schema({"type": "object"})
 
 
+def with_options(schema: Schema, *, lenient: bool = False) -> dict[str, Any]:
+    """The schema with what llguidance is to do about white space, and about what it does not know."""
+    whole = (
+        rewritten(schema, _without_remarks) if isinstance(schema, dict) else {} if schema else {"enum": []}
+    )
+    return {**whole, "x-guidance": {"whitespace_pattern": _WHITE_SPACE, "lenient": lenient}}
+
+
+def moved(schema: Schema, place: str) -> Schema:
+    """The schema as it stands at `place` (a JSON pointer) of another one: its references point there."""
+
+    def move(node: dict[str, Any]) -> dict[str, Any]:
+        target = node.get("$ref")
+        if not isinstance(target, str) or not target.startswith("#"):
+            return node
+        return node | {"$ref": f"#{place}{target[1:]}"}
+
+    return rewritten(schema, move) if isinstance(schema, dict) else schema
+
+
+def rewritten(schema: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+    """A copy of a schema in which it and every schema within has been changed."""
+    if isinstance(schema, list):
+        return [rewritten(item, change) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    copy: dict[str, Any] = {}
+    for key, value in change(schema).items():
+        if key in _MAPS and isinstance(value, dict):
+            copy[key] = {name: rewritten(item, change) for name, item in value.items()}
+        else:
+            copy[key] = value if key in _DATA else rewritten(value, change)
+    return copy
+
+
+def _without_remarks(node: dict[str, Any]) -> dict[str, Any]:
+    known = node.get("format") in _FORMATS or not isinstance(node.get("format"), str)
+    return node if known else {key: value for key, value in node.items() if key != "format"}
+
+
 def regex(pattern: str) -> Part:
     """A text that the pattern matches as a whole, in the syntax of Rust's regex crate."""
-    return lark(f"start: /{escaped_pattern(pattern)}/")
+    return lark(f"start: /{_escaped(pattern)}/")
 
 
 def choice(texts: Sequence[str]) -> Part:
@@ -71,7 +111,7 @@ def literal(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def escaped_pattern(pattern: str) -> str:
+def _escaped(pattern: str) -> str:
     """A regular expression as it may stand between the slashes of a Lark grammar."""
     escaped, at = [], 0
     while at < len(pattern):

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from runtime.errors import RequestError
-from runtime.protocol import SamplingParams
+from runtime.protocol import Grammar, SamplingParams
 
 if TYPE_CHECKING:
     from runtime.text.model_text import ModelText
@@ -67,10 +67,11 @@ def sampling_params(
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
     banned: Iterable[int] = (),
+    grammar: Grammar | None = None,
 ) -> SamplingParams:
     """Settle every value: the request's, else the model's own default, else OpenAI's.
 
-    Tokens that are `banned` never come.
+    Tokens that are `banned` never come, and only what the `grammar` allows.
 
     Raises `RequestError` for token ids outside the vocabulary and for bounds that contradict each other.
     """
@@ -93,6 +94,7 @@ def sampling_params(
         stop_token_ids=tuple(dict.fromkeys(stops)),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        grammar=grammar,
         **settled,
     )
 

@@ -9,8 +9,9 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from handler.openai.reply import mistral
+from handler.openai.reply import call_grammar, mistral
 from handler.openai.reply.bare_json import BareJsonCalls
+from handler.openai.reply.call_grammar import CallGrammar, CallRules
 from handler.openai.reply.chatglm3 import ChatGlm3Calls
 from handler.openai.reply.mistral import MistralCalls
 from handler.openai.reply.said import CallReader
@@ -26,10 +27,12 @@ _ALPHANUMERIC = string.ascii_letters + string.digits
 class CallFormat:
     """How a family writes tool calls. `tags` are the tokens that must be seen to find them.
 
-    `id_length` is set where the family's chat template takes only ids of that length.
+    `grammar` says what may be written; None where that cannot be said. `id_length` is set where the
+    family's chat template takes only ids of that length.
     """
 
     reader: Callable[[Collection[str]], CallReader]
+    grammar: Callable[[CallRules], CallGrammar] | None
     tags: tuple[str, ...] = ()
     id_length: int | None = None
     always: bool = False  # also needed for replies to requests without tools
@@ -49,18 +52,25 @@ class CallFormat:
 
 CALL_FORMATS = {
     "hermes": CallFormat(
-        lambda names: TaggedCalls("<tool_call>", "</tool_call>"), ("<tool_call>", "</tool_call>")
+        lambda names: TaggedCalls("<tool_call>", "</tool_call>"),
+        call_grammar.hermes,
+        ("<tool_call>", "</tool_call>"),
     ),
-    "llama3_json": CallFormat(BareJsonCalls, ("<|python_tag|>",)),
+    "llama3_json": CallFormat(BareJsonCalls, call_grammar.llama3_json, ("<|python_tag|>",)),
     "mistral": CallFormat(
-        lambda names: MistralCalls(), (mistral.BEGIN, mistral.ARGUMENTS, mistral.CALL_ID), id_length=9
+        lambda names: MistralCalls(),
+        call_grammar.mistral,
+        (mistral.BEGIN, mistral.ARGUMENTS, mistral.CALL_ID),
+        id_length=9,
     ),
     "internlm": CallFormat(
         lambda names: TaggedCalls("<|action_start|><|plugin|>", "<|action_end|>"),
+        call_grammar.internlm,
         ("<|action_start|>", "<|plugin|>", "<|action_end|>"),
     ),
-    "chatglm3": CallFormat(ChatGlm3Calls, always=True),
-    "json": CallFormat(BareJsonCalls),
+    # Python code, which no JSON schema is about.
+    "chatglm3": CallFormat(ChatGlm3Calls, None, always=True),
+    "json": CallFormat(BareJsonCalls, call_grammar.bare_json),
 }
 # What a template or a vocabulary holds only where the family writes its calls so.
 _SIGNS = (

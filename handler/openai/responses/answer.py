@@ -16,6 +16,7 @@ from handler.openai.responses.output import Event, Output
 from handler.openai.responses.schema import NamedFunctionTool, ResponsesRequest
 from handler.openai.schema import ChatOptions
 from handler.openai.strict import parse
+from handler.openai.structured import format_form
 from handler.openai.tools import NamedFunction, offered
 from handler.service import Service
 from runtime.text.sequence import Sequence, TextDelta
@@ -59,9 +60,12 @@ class ResponsesAnswer:
         self._scored = bool(request.include) or bool(request.top_logprobs)
         choice = request.tool_choice
         named = NamedFunction(name=choice.name) if isinstance(choice, NamedFunctionTool) else choice
-        tools = offered(request.tools, named, "tools.{}")
+        offer = offered(request.tools, named, "tools.{}")
         turns = as_turns(request.instructions, request.input)
-        self._conversation = Conversation(service, self._options(), turns, tools, self.id)
+        wanted = request.text.format if request.text is not None else None
+        form = None if wanted is None else format_form(wanted, "text.format")
+        self._conversation = Conversation(service, self._options(), turns, offer, form, self.id)
+        self._format = {"type": "text"} if wanted is None else _plain(wanted)
         self._output = Output()
         self._names: TokenNames | None = None
         self._sequence: Sequence | None = None
@@ -183,7 +187,7 @@ class ResponsesAnswer:
             "service_tier": "default",
             "store": False,
             "temperature": sampling.temperature if sampling else request.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": self._format},
             "tool_choice": _plain(request.tool_choice),
             "tools": [{"strict": None, **_plain(tool)} for tool in request.tools],
             "top_logprobs": request.top_logprobs or 0,
@@ -207,4 +211,4 @@ class ResponsesAnswer:
 
 
 def _plain(value: Any) -> Any:
-    return value if isinstance(value, str) else value.model_dump(exclude_none=True)
+    return value if isinstance(value, str) else value.model_dump(exclude_none=True, by_alias=True)

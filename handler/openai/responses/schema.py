@@ -9,6 +9,7 @@ from pydantic import Discriminator, Field, Tag
 from handler.openai.messages import MAX_MESSAGES, FunctionName
 from handler.openai.schema import MAX_LOGPROBS, ReasoningEffort, StopText
 from handler.openai.strict import NumTokens, Off, Strict
+from handler.openai.structured import AnyObject, NamedSchema, PlainText
 from handler.openai.tools import MAX_TOOLS, Choice, Function
 
 Id = Annotated[str, Field(min_length=1, max_length=256)]
@@ -133,10 +134,13 @@ class ReasoningOptions(Strict):
     generate_summary: None = None
 
 
-class TextFormat(Strict):
-    """Plain text, the only format."""
+class SchemaFormat(NamedSchema):
+    """JSON that fits a schema, spelled without the wrapping that chats have."""
 
-    type: Literal["text"]
+    type: Literal["json_schema"]
+
+
+TextFormat = Annotated[PlainText | AnyObject | SchemaFormat, Field(discriminator="type")]
 
 
 class TextOptions(Strict):
