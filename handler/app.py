@@ -15,9 +15,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from handler import idle, lifecycle, metrics, sleeping, ui
+from handler import idle, lifecycle, sleeping, ui
+from handler.access_log import Recorded, write_line
 from handler.asgi import ClientGone
 from handler.auth import BearerAuth
+from handler.exposition import CONTENT_TYPE, exposition
 from handler.limits import HeaderLimits
 from handler.openai.chat import ChatCompletions
 from handler.openai.completions import Completions
@@ -31,6 +33,7 @@ from handler.openai.tokenize import Detokenize, Tokenize
 from handler.request_id import RequestIds
 from handler.service import Service
 from handler.settings import ServerSettings
+from handler.version import release
 from runtime.client import EngineClient, EngineUnavailable
 
 
@@ -42,7 +45,10 @@ def create_app(
     `end` is called when nobody has come for so long that the server is to end.
     """
     service = Service(client, settings)
-    middleware = [Middleware(RequestIds), Middleware(HeaderLimits)]
+    observers = [write_line] if settings.access_log else []
+    if service.tracing is not None:
+        observers.append(service.tracing.observe)
+    middleware = [Middleware(RequestIds), Middleware(Recorded, observers), Middleware(HeaderLimits)]
     if settings.api_keys:
         middleware.append(Middleware(BearerAuth, keys=settings.api_keys))
     app = Starlette(
@@ -58,10 +64,12 @@ def create_app(
             Route("/sleep", sleeping.sleep, methods=["POST"]),
             Route("/wake", sleeping.wake, methods=["POST"]),
             Route("/openapi.json", show_openapi),
+            Route("/health", ready),
             Route("/health/live", live),
             Route("/health/ready", ready),
             Route("/health/startup", startup),
             Route("/status", status),
+            Route("/version", show_version),
             Route("/metrics", show_metrics),
             *ui.ROUTES,
         ],
@@ -98,6 +106,8 @@ async def _lifespan(app: Starlette) -> AsyncIterator[None]:
         # While it loads, the engine has nothing to finish, and would not even hear the request.
         await client.close(service.settings.drain_seconds if lifecycle.is_ready(client) else 0)
         await asyncio.gather(engine, *beside, return_exceptions=True)
+        if service.tracing is not None:
+            await asyncio.to_thread(service.tracing.close)
 
 
 async def live(request: Request) -> Response:
@@ -129,11 +139,14 @@ async def status(request: Request) -> Response:
     return JSONResponse(lifecycle.status(service.client, service.model, service.admission))
 
 
+async def show_version(request: Request) -> Response:
+    """GET /version: which release this is."""
+    return JSONResponse({"version": release()})
+
+
 async def show_metrics(request: Request) -> Response:
     """GET /metrics: Prometheus' text format."""
-    service: Service = request.app.state.service
-    text = service.metrics.exposition(service.client, service.admission.waiting)
-    return Response(text, media_type=metrics.CONTENT_TYPE)
+    return Response(exposition(request.app.state.service), media_type=CONTENT_TYPE)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

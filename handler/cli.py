@@ -81,12 +81,9 @@ def _without_command(arguments: list[str]) -> int:
     for name, summary in COMMANDS.items():
         commands.add_parser(name, help=summary, add_help=False)
     if parser.parse_args(arguments).version:
-        from importlib.metadata import PackageNotFoundError, version
+        from handler.version import release
 
-        try:
-            print(version("firstlight"))
-        except PackageNotFoundError:
-            print("unknown: firstlight runs from its source folder without being installed")
+        print(release() or "unknown: firstlight runs from its source folder without being installed")
         return 0
     parser.print_help()
     return 2

@@ -192,6 +192,21 @@ SERVER_FLAGS = (
         "most sequences waiting for their first token; more get 429 (default: 1,024).",
         "N",
     ),
+    Flag(
+        "access-log",
+        values.boolean,
+        "write a line of JSON to stderr for each request, without its text (default: True).",
+        "True|False",
+        either=True,
+    ),
+    Flag(
+        "otlp-traces-endpoint",
+        str,
+        "where to send OpenTelemetry traces by OTLP/HTTP: http://collector:4318/v1/traces. Needs the extra "
+        "`otel`.",
+        "URL",
+        env=("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",),
+    ),
     Flag("max-request-bytes", values.count, "largest request body (default: 6,000,000).", "BYTES"),
     Flag(
         "drain-seconds",

@@ -39,6 +39,8 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     drain_seconds: float = 30.0
     idle_sleep_s: float = 0.0
     idle_exit_s: float = 0.0
+    access_log: bool = True
+    otlp_traces_endpoint: str | None = None
 
 
 def read_settings(given: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> ServerSettings:
@@ -58,6 +60,7 @@ def read_settings(given: Mapping[str, Any], environ: Mapping[str, str] = os.envi
         for name in (
             *("tool_call_parser", "reasoning_parser"),
             *("max_queue", "max_request_bytes", "drain_seconds"),
+            *("access_log", "otlp_traces_endpoint"),
         )
         if name in values
     }

@@ -12,10 +12,13 @@ _KNOWN_ELSEWHERE = {
     "config-format": "the format is found from the files; leave the flag out",
     "cpu-offload-gb": "weights are not offloaded; choose a smaller model or more GPUs",
     "data-parallel-size": "start one server for each replica",
+    "disable-log-requests": "prompts are never logged; leave the flag out, or use --no-access-log",
     "disable-log-stats": "statistics are served at /metrics and not logged; leave the flag out",
+    "disable-uvicorn-access-log": "use --no-access-log",
     "distributed-executor-backend": "ranks are plain processes on one host; leave the flag out",
     "enable-lora": "adapters are not supported yet",
     "enable-sleep-mode": "sleeping is not supported yet",
+    "enable-log-requests": "prompts are never logged; --access-log has a line for each request without them",
     "enforce-eager": "the first tokens always run eagerly; leave the flag out",
     "generation-config": "the model's generation_config.json is used; put other defaults into models.yaml",
     "guided-decoding-backend": "llguidance is the only one; leave the flag out",
@@ -28,6 +31,7 @@ _KNOWN_ELSEWHERE = {
     "middleware": "put a proxy in front of the server",
     "num-gpu-blocks-override": "use --kv-cache-memory-bytes",
     "pipeline-parallel-size": "use --tensor-parallel-size",
+    "collect-detailed-traces": "traces hold all that is known; leave the flag out",
     "response-role": "answers always have the role assistant",
     "rope-scaling": "the model's own config.json is used",
     "root-path": "let the proxy strip the prefix",
@@ -39,7 +43,7 @@ _KNOWN_ELSEWHERE = {
     "task": "only text generation is served; leave the flag out",
     "tokenizer": "the tokenizer comes with the model; leave the flag out",
     "tokenizer-mode": "the tokenizer's format is found from its files; leave the flag out",
-    "uvicorn-log-level": "the server logs its start and its failures only; leave the flag out",
+    "uvicorn-log-level": "the server logs its start, requests and failures; leave the flag out",
 }
 
 

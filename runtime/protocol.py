@@ -182,7 +182,8 @@ class TokenDelta(msgspec.Struct, omit_defaults=True, kw_only=True):
 
     `stop_token_id` is the id that ended a sequence whose `finish_reason` is "stop"; that id is not
     in `token_ids`. `prompt_logprobs` comes once, with the first delta, and starts with None because
-    nothing predicts the first token. "refused" is a request that cannot be served as it is written, "error"
+    nothing predicts the first token. `prefill_seconds`, with the first delta too, is the time from when the
+    sequence was first taken up. "refused" is a request that cannot be served as it is written, "error"
     a failure of ours; `error` says why, and `param` which field is at fault.
     """
 
@@ -193,6 +194,7 @@ class TokenDelta(msgspec.Struct, omit_defaults=True, kw_only=True):
     logprobs: list[TokenLogprobs] = []
     prompt_logprobs: list[TokenLogprobs | None] = []
     num_cached_tokens: int = 0
+    prefill_seconds: float = 0.0
     error: str | None = None
     param: str | None = None
 

@@ -261,6 +261,7 @@ SCHEMAS: dict[str, Schema] = {
     ),
     "Text": closed({"prompt": STRING}),
     "Health": {"type": "object", "properties": {"state": STRING}},
+    "Version": closed({"version": maybe(STRING)}),
     "Status": {
         "type": "object",
         "properties": {"state": STRING, "model": STRING, "marks": ANY_OBJECT, "queue": ANY_OBJECT},

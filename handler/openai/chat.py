@@ -23,6 +23,7 @@ class ChatCompletions:
     """Reads chat requests."""
 
     route = "/v1/chat/completions"
+    operation = "chat"
 
     def __init__(self, service: Service) -> None:
         self.service = service

@@ -28,6 +28,7 @@ class Completions:
     """Reads completion requests."""
 
     route = "/v1/completions"
+    operation = "text_completion"
 
     def __init__(self, service: Service) -> None:
         self.service = service

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import sys
-import time
 import traceback
 from contextlib import aclosing
 from typing import Any, Protocol
 
+import msgspec
 from starlette.types import Receive, Scope, Send
 
 from handler import lifecycle
@@ -16,6 +16,7 @@ from handler.asgi import ClientGone, send_bytes, send_error, unless_gone
 from handler.limits import Ticket, decode_json, read_body
 from handler.openai.errors import ApiError, as_api_error
 from handler.openai.sse import EventStream
+from handler.record import Record
 from handler.service import Service
 from runtime.errors import FirstlightError
 from runtime.text.generation import run
@@ -31,6 +32,8 @@ _STOPPING = ApiError(503, "The server is shutting down.", code="shutting_down", 
 class Answer(Protocol):
     """One request on its way to its answer."""
 
+    id: str
+    model: str
     stream: bool
     num_sequences: int
 
@@ -57,6 +60,7 @@ class Kind(Protocol):
     """What tells chat from text completions."""
 
     route: str
+    operation: str
 
     def parse(self, body: Any) -> Answer:
         """The request in a decoded body. Raises `ApiError` for one that cannot be served."""
@@ -74,37 +78,43 @@ class Endpoint:
             await self._serve(scope, receive, send)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started = time.perf_counter()
         service = self.service
-        outcome = "200"
+        record = Record.of(scope)
+        record.operation = self.kind.operation
         events = EventStream(scope, send)
         answer: Answer | None = None
         try:
             body = await decode_json(await read_body(scope, receive, service.settings.max_request_bytes))
             answer = self.kind.parse(body)
+            record.id, record.model, record.stream = answer.id, answer.model, answer.stream
+            record.choices = answer.num_sequences
             with service.admission.admit(answer.num_sequences) as ticket:
-                await unless_gone(receive, self._respond(answer, ticket, events, send, started))
-            service.metrics.latency.observe(time.perf_counter() - started)
+                await unless_gone(receive, self._respond(answer, ticket, events, send, record))
+            service.metrics.latency.observe(record.elapsed)
         except ClientGone:
-            outcome = "499"
+            record.status, record.error = 499, "client_gone"
             service.metrics.disconnects += 1
         except (Exception, asyncio.CancelledError) as error:
             # Cancelled from outside: the time for finishing is over, and whoever still waits is told so.
             failure = _STOPPING if isinstance(error, asyncio.CancelledError) else as_api_error(error)
             _log_unexpected(error)
-            outcome = str(failure.status)
+            record.error = failure.code
             if events.begun and answer is not None:
                 await events.end(answer.failure(failure))
             else:
                 await send_error(send, failure)
-        service.metrics.responses[self.kind.route, outcome] += 1
+            service.metrics.responses[self.kind.route, str(failure.status)] += 1
+            return
+        service.metrics.responses[self.kind.route, str(record.status)] += 1
 
     async def _respond(
-        self, answer: Answer, ticket: Ticket, events: EventStream, send: Send, started: float
+        self, answer: Answer, ticket: Ticket, events: EventStream, send: Send, record: Record
     ) -> None:
         reassuring = asyncio.create_task(self._reassure(events)) if answer.stream else None
+        sequences: list[Sequence] = []
         try:
-            await self._generate(answer, ticket, events, started, reassuring)
+            sequences = await answer.prepare()
+            await self._generate(answer, sequences, ticket, events, record, reassuring)
             if answer.stream:
                 await events.end(answer.last())
             else:
@@ -112,40 +122,53 @@ class Endpoint:
         finally:
             if reassuring is not None:
                 reassuring.cancel()
+            _note(record, sequences)
 
     async def _generate(
         self,
         answer: Answer,
+        sequences: list[Sequence],
         ticket: Ticket,
         events: EventStream,
-        started: float,
+        record: Record,
         reassuring: asyncio.Task[None] | None,
     ) -> None:
-        client, metrics = self.service.client, self.service.metrics
-        sequences = await answer.prepare()
-        prompts = [s.submit.prompt_token_ids for s in sequences if s.counts_prompt]
-        metrics.prompt_tokens += sum(map(len, prompts))
-        first: float | None = None
-        async with aclosing(run(client, sequences)) as batches:
+        metrics = self.service.metrics
+        metrics.asked(sequences)
+        last: float | None = None
+        async with aclosing(run(self.service.client, sequences)) as batches:
             async for batch in batches:
-                if first is None:
-                    first = time.perf_counter()
-                    metrics.ttft.observe(first - started)
-                    ticket.begin()
-                    lifecycle.note_first_token(client)
+                now = record.elapsed
+                if last is None:
+                    self._begin(record, sequences, batch, ticket)
                     if reassuring is not None:
                         reassuring.cancel()
+                else:
+                    metrics.inter_token.observe(now - last)
+                last = now
                 for delta in batch:
+                    metrics.generated_tokens += len(delta.token_ids)
                     if delta.finish_reason is not None:
-                        elapsed = time.perf_counter() - first
-                        generated = sequences[delta.place].generated
-                        metrics.sequence_finished(delta.finish_reason, generated, elapsed)
+                        record.finish_reasons.append(delta.finish_reason)
+                        decode_seconds = now - (record.ttft or now)
+                        metrics.finished(sequences[delta.place], delta.finish_reason, decode_seconds)
                 if answer.stream:
                     piece = answer.chunk(batch)
                     if piece:
                         await events.write(piece)
                 else:
                     answer.add(batch)
+
+    def _begin(
+        self, record: Record, sequences: list[Sequence], batch: list[TextDelta], ticket: Ticket
+    ) -> None:
+        """The first token is there."""
+        ttft = record.elapsed
+        queue = max(0.0, ttft - sequences[batch[0].place].prefill_seconds)
+        record.ttft, record.queue = ttft, queue
+        self.service.metrics.began(ttft, queue)
+        ticket.begin()
+        lifecycle.note_first_token(self.service.client)
 
     async def _reassure(self, events: EventStream) -> None:
         """Until it is cancelled, tell a client that waits for its first token what it waits for."""
@@ -156,6 +179,17 @@ class Endpoint:
             warm = self.service.client.state == "warm"
             if events.begun or waited >= (_PATIENCE_WARM_SECONDS if warm else _PATIENCE_LOADING_SECONDS):
                 await events.comment(lifecycle.describe(self.service.client))
+
+
+def _note(record: Record, sequences: list[Sequence]) -> None:
+    """What became of a request's tokens, be it complete or not."""
+    if not sequences:
+        return
+    firsts = [sequence for sequence in sequences if sequence.counts_prompt]
+    record.prompt_tokens = sum(len(sequence.submit.prompt_token_ids) for sequence in firsts)
+    record.cached_tokens = sum(sequence.num_cached_tokens for sequence in firsts)
+    record.completion_tokens = sum(sequence.generated for sequence in sequences)
+    record.asked = msgspec.structs.asdict(sequences[0].submit.sampling)
 
 
 def _log_unexpected(error: BaseException) -> None:

@@ -50,10 +50,12 @@ _POSTS = {
 _GETS = {
     "/v1/models": ("The names that requests may use", "ModelList"),
     "/v1/models/{id}": ("One of them", "Model"),
+    "/health": ("The same as /health/ready", "Health"),
     "/health/live": ("200 while the process answers", "Health"),
     "/health/ready": ("200 when a request sent now is worked on now, else 503", "Health"),
     "/health/startup": ("200 once the engine has been ready, 503 before", "Health"),
     "/status": ("State, start marks, memory and queue", "Status"),
+    "/version": ("Which release this is", "Version"),
 }
 _ERRORS = {
     "400": "The request cannot be served as it is written",

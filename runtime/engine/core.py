@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -118,6 +119,7 @@ class Engine:
         scheduled = self.scheduler.schedule()
         waiting: Launched | None = None
         if scheduled:
+            self._note_admitted(scheduled)
             launched = self.runner.launch(scheduled)
             if self._under_way and _follows_grammar(scheduled):
                 waiting = launched
@@ -133,6 +135,13 @@ class Engine:
             waiting.sample(self._masks.of(_sampling(scheduled)))
         self._count()
         return StepOutput(deltas=deltas, stats=self.stats)
+
+    @staticmethod
+    def _note_admitted(scheduled: list[Scheduled]) -> None:
+        now = time.monotonic()
+        for item in scheduled:
+            if item.admitted and not item.sequence.taken_up:
+                item.sequence.taken_up = now
 
     def _take(self, scheduled: list[Scheduled], launched: Launched) -> list[TokenDelta]:
         """What a step that is through means for its sequences."""
@@ -169,6 +178,7 @@ class Engine:
         if num_generated == 0:
             delta.num_cached_tokens = sequence.num_cached
             delta.prompt_logprobs = sequence.prompt_logprobs
+            delta.prefill_seconds = time.monotonic() - sequence.taken_up
             self.stats.prompt_tokens_total += sequence.num_prompt
             self.stats.cached_tokens_total += sequence.num_cached
         self.stats.generated_tokens_total += 1

@@ -43,6 +43,7 @@ class Sequence:
         "slot",
         "stop_token_ids",
         "table",
+        "taken_up",
         "token_ids",
     )
 
@@ -60,6 +61,7 @@ class Sequence:
         self.slot = -1
         self.sampled_here = False
         self.ended = False
+        self.taken_up = 0.0
         self.order = order
         self.seed = seed
         self.stop_token_ids = frozenset(request.sampling.stop_token_ids)

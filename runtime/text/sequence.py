@@ -68,6 +68,7 @@ class Sequence:
         self.counts_prompt = counts_prompt
         self.generated = 0
         self.num_cached_tokens = 0
+        self.prefill_seconds = 0.0
         self.prompt_logprobs: list[TokenLogprobs | None] = []
         self._own_stops = frozenset(options.stop_token_ids)
         self._include_stop = options.include_stop_str_in_output
@@ -94,9 +95,8 @@ class Sequence:
         return out
 
     def _take_one(self, delta: TokenDelta, out: TextDelta) -> None:
-        self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
-        if delta.prompt_logprobs:
-            self.prompt_logprobs = delta.prompt_logprobs
+        if self.generated == 0:
+            self._take_first(delta)
         if delta.finish_reason == "refused":
             raise RequestError(delta.error or "The engine refuses this request.", delta.param)
         if delta.finish_reason in ("error", "abort"):
@@ -110,6 +110,11 @@ class Sequence:
             self.generated += len(delta.token_ids)
         if out.finish_reason is None and delta.finish_reason is not None:
             self._finish(delta, out)
+
+    def _take_first(self, delta: TokenDelta) -> None:
+        self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
+        self.prefill_seconds = max(self.prefill_seconds, delta.prefill_seconds)
+        self.prompt_logprobs = delta.prompt_logprobs or self.prompt_logprobs
 
     def _take_until_stop(self, delta: TokenDelta, out: TextDelta) -> None:
         # Token by token, so that what is counted ends with the token that completed the stop string.

@@ -131,7 +131,7 @@ class TestRequests:
         assert {path for path in served if not path.startswith("/ui/")} == {path for _, path in shown}
 
     def test_the_metrics_exist(self, server: Server) -> None:
-        names = set(re.findall(r"`(firstlight_[a-z_0-9]+)`", README))
+        names = set(re.findall(r"`((?:firstlight_|vllm:)[a-z_0-9]+)`", README))
         assert len(names) > 5
         text = server.get("/metrics").body.decode()
         assert {name for name in names if not re.search(rf"^(# TYPE )?{name}\b", text, re.MULTILINE)} == set()

@@ -32,6 +32,7 @@ class Responses:
     """Reads Responses requests."""
 
     route = "/v1/responses"
+    operation = "chat"
 
     def __init__(self, service: Service) -> None:
         self.service = service
