@@ -124,7 +124,9 @@ def start(
     engine = FakeEngine(directory, said, config)
     if prepare is not None:
         prepare(engine)
-    chosen = ServerSettings(**{"engine": config, "served_model_names": (MODEL, "alias"), **settings})
+    chosen = ServerSettings(
+        **{"engine": config, "served_model_names": (MODEL, "alias"), "access_log": False, **settings}
+    )
     sock = listen("127.0.0.1", 0)
     port = sock.getsockname()[1]
     app = create_app(engine, chosen)  # type: ignore[arg-type]  # the fake has the client's interface

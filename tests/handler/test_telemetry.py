@@ -96,7 +96,7 @@ class TestAccessLog:
         return [line for line in found if line["event"] == "request"]
 
     def test_a_generation(self, make_server: Make, capfd: pytest.CaptureFixture[str]) -> None:
-        server = make_server()
+        server = make_server(access_log=True)
         answer = server.post(
             "/v1/chat/completions?key=xyzzy",
             {"messages": [{"role": "user", "content": SECRET}]},
@@ -113,7 +113,7 @@ class TestAccessLog:
         assert line["client"] == "127.0.0.1"
 
     def test_mistakes_and_everything_else(self, make_server: Make, capfd: pytest.CaptureFixture[str]) -> None:
-        server = make_server(api_keys=("k",))
+        server = make_server(access_log=True, api_keys=("k",))
         key = {"Authorization": "Bearer k"}
         server.post("/v1/completions", {"prompt": SECRET, "n": 0}, key)
         server.get("/v1/models")
@@ -126,7 +126,7 @@ class TestAccessLog:
         assert lines[0]["error"] == "invalid_value"
 
     def test_whoever_left(self, make_server: Make, capfd: pytest.CaptureFixture[str]) -> None:
-        server = make_server(prepare=lambda engine: engine.set_loading())
+        server = make_server(access_log=True, prepare=lambda engine: engine.set_loading())
         with server.open_stream(stream=False):
             assert server.engine.submit_seen.wait(10)
         assert server.engine.abort_seen.wait(10)
