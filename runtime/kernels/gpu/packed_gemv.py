@@ -1,0 +1,275 @@
+"""One row times a quantised weight: the time is that of reading the weight once.
+
+Each program takes some rows of the weight whole and multiplies by plain arithmetic, as `gemv.py` does; no
+sum is split over programs. A thread's share of a row is a run of neighbours, which has one scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from runtime.kernels.gpu.activation import silu
+from runtime.kernels.packed import PackedMatrix, dequantize_torch
+
+# Numbers of 8 bits, or words of 32, that a thread takes at once.
+_BYTES_RUN = tl.constexpr(8)
+_WORDS_RUN = tl.constexpr(4)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedGemvConfig:
+    """block_n rows of the weight a program, block_bytes of each at a time."""
+
+    block_n: int
+    block_bytes: int
+    num_warps: int
+
+
+# 2^23 in float32, with room for an integer in its last bits. It comes as an argument because an instruction
+# that takes some bits of a word and sets others can hold one constant only.
+_MAGIC = 0x4B000000
+# By the bits of a weight's integers, 0 for e4m3.
+_CONFIGS = {
+    0: PackedGemvConfig(4, 1024, 4),
+    4: PackedGemvConfig(4, 2048, 4),
+    8: PackedGemvConfig(4, 2048, 4),
+}
+
+
+def packed_gemv(
+    x: torch.Tensor,
+    matrix: PackedMatrix,
+    out: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    silu_mul: bool = False,
+    config: PackedGemvConfig | None = None,
+) -> torch.Tensor:
+    """out = x W^T + bias, or with `silu_mul` silu(gate) * up of its two halves.
+
+    x     [1, in_features] float16 or bfloat16, contiguous, of an even length
+    bias  [out_features]
+    out   [1, n] of any floating type, where n is out_features, or half of it with silu_mul
+
+    Products and sums are float32, rounded once at the end. Returns out.
+    """
+    if x.shape[0] != 1:
+        raise ValueError(f"packed_gemv takes one row, not {x.shape[0]}")
+    config = config or _CONFIGS[matrix.bits]
+    outputs = matrix.out_features // 2 if silu_mul else matrix.out_features
+    grid = (triton.cdiv(outputs, config.block_n // 2 if silu_mul else config.block_n),)
+    zeros = matrix.scales if matrix.zeros is None else matrix.zeros
+    operands = (matrix.scales, zeros, matrix.scales if bias is None else bias, out, outputs)
+    shape = {
+        "K": matrix.in_features,
+        "GROUP": matrix.group_size,
+        "GROUPS": matrix.scales.shape[1],
+        "BLOCK_N": config.block_n,
+        "HAS_ZEROS": matrix.zeros is not None,
+        "HAS_BIAS": bias is not None,
+        "GATED": silu_mul,
+        "num_warps": config.num_warps,
+    }
+    if matrix.bits:
+        words = matrix.values.view(torch.int32)
+        _words_kernel[grid](
+            x, x.view(torch.int32), words, *operands, _MAGIC, WORDS=words.shape[1], FIELD=matrix.field,
+            BITS=matrix.bits, PER_SCALE=_fields_per_scale(matrix), BLOCK_W=config.block_bytes // 4, **shape,
+        )  # fmt: skip
+    else:
+        _bytes_kernel[grid](x, matrix.values, *operands, BLOCK_K=config.block_bytes, **shape)
+    return out
+
+
+def _fields_per_scale(matrix: PackedMatrix) -> int:
+    """How many fields of a chunk, counted from its first on, share a scale."""
+    chunk = matrix.fields * matrix.field
+    if matrix.scales.shape[1] == 1 or matrix.group_size % chunk == 0:
+        return matrix.fields
+    return matrix.group_size // matrix.field if chunk % matrix.group_size == 0 else 1
+
+
+@triton.jit(do_not_specialize=["magic"])
+def _words_kernel(
+    x_ptr,
+    pairs_ptr,
+    words_ptr,
+    scales_ptr,
+    zeros_ptr,
+    bias_ptr,
+    out_ptr,
+    N,
+    magic,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WORDS: tl.constexpr,
+    FIELD: tl.constexpr,
+    BITS: tl.constexpr,
+    PER_SCALE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    RUNS: tl.constexpr = BLOCK_W // _WORDS_RUN
+    FIELDS: tl.constexpr = 16 // BITS
+    row, inside = _rows(N, BLOCK_N, GATED)
+    run = tl.arange(0, RUNS) * _WORDS_RUN
+    lane = tl.arange(0, _WORDS_RUN)[None, :]
+    rows_ptr = words_ptr + row[None, :, None].to(tl.int64) * WORDS
+    sums = tl.zeros((RUNS, BLOCK_N), tl.float32)
+    for start in tl.static_range(0, WORDS, BLOCK_W):
+        word = start + run[:, None] + lane
+        within = (word < WORDS) | (WORDS % BLOCK_W == 0)
+        mask = within[:, None, :] & inside[None, :, None]
+        words = tl.load(rows_ptr + word[:, None, :], mask, other=0, eviction_policy="evict_first")
+        high_words = words >> 16
+        # A chunk of FIELDS * FIELD inputs is FIELD / 2 of these words, each of which is two of 16 bits.
+        chunk, place = (start + run) // (FIELD // 2), (start + run) % (FIELD // 2)
+        products = tl.zeros((RUNS, BLOCK_N, _WORDS_RUN), tl.float32)
+        x_sums = tl.zeros((RUNS, _WORDS_RUN), tl.float32)
+        for field in tl.static_range(FIELDS):
+            first = (chunk * FIELDS + field) * FIELD
+            pair = (first // 2 + place)[:, None] + lane
+            pairs = tl.load(pairs_ptr + pair, within & (pair < K // 2), other=0)
+            even, odd = _halves(pairs, x_ptr.dtype.element_ty)
+            if HAS_ZEROS:
+                x_sums += even + odd
+            # The bits are taken where they stand, which makes the values so much too large.
+            products += _value(words, magic, BITS, field) * (even * 0.5 ** (BITS * field))[:, None, :]
+            products += _value(high_words, magic, BITS, field) * (odd * 0.5 ** (BITS * field))[:, None, :]
+            if (field + 1) % PER_SCALE == 0:
+                part = tl.sum(products, 2)
+                group, some = row[None, :] * GROUPS, inside[None, :]
+                if GROUPS > 1:
+                    group += (first // GROUP)[:, None]
+                    some = some & (first < K)[:, None]
+                if HAS_ZEROS:
+                    zeros = tl.load(zeros_ptr + group, some, other=0).to(tl.float32)
+                    part -= zeros * tl.sum(x_sums, 1)[:, None]
+                    x_sums = tl.zeros((RUNS, _WORDS_RUN), tl.float32)
+                if GROUPS > 1:
+                    part *= tl.load(scales_ptr + group, some, other=0.0).to(tl.float32)
+                sums += part
+                products = tl.zeros((RUNS, BLOCK_N, _WORDS_RUN), tl.float32)
+    y = tl.sum(sums, 0)
+    if GROUPS == 1:
+        y *= tl.load(scales_ptr + row, inside, other=0.0).to(tl.float32)
+    _store(y, row, inside, bias_ptr, out_ptr, N, BLOCK_N, HAS_BIAS, GATED)
+
+
+@triton.jit
+def _value(words, magic, BITS: tl.constexpr, FIELD_INDEX: tl.constexpr):
+    """The values in the i-th bits of the lower halves, times 2^(BITS i), in float32: 2^23 + n has n in its
+    last bits."""
+    mask: tl.constexpr = ((1 << BITS) - 1) << (BITS * FIELD_INDEX)
+    offset: tl.constexpr = 8388608 + (1 << (BITS * FIELD_INDEX + BITS - 1))
+    return ((words & mask) | magic).to(tl.float32, bitcast=True) - offset
+
+
+@triton.jit
+def _halves(pairs, DTYPE: tl.constexpr):
+    """The two numbers of 16 bits in each word, the lower one first, in float32."""
+    low = pairs.to(tl.int16).to(DTYPE, bitcast=True)
+    high = (pairs >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+    return low.to(tl.float32), high.to(tl.float32)
+
+
+@triton.jit
+def _bytes_kernel(
+    x_ptr,
+    values_ptr,
+    scales_ptr,
+    zeros_ptr,
+    bias_ptr,
+    out_ptr,
+    N,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    tl.static_assert(not HAS_ZEROS)
+    row, inside = _rows(N, BLOCK_N, GATED)
+    run = tl.arange(0, BLOCK_K // _BYTES_RUN) * _BYTES_RUN
+    lane = tl.arange(0, _BYTES_RUN)[None, :]
+    rows_ptr = values_ptr + row[None, :, None].to(tl.int64) * K
+    sums = tl.zeros((BLOCK_K // _BYTES_RUN, BLOCK_N), tl.float32)
+    for start in tl.static_range(0, K, BLOCK_K):
+        column = start + run[:, None] + lane
+        within = (column < K) | (K % BLOCK_K == 0)
+        mask = within[:, None, :] & inside[None, :, None]
+        x = tl.load(x_ptr + column, within, other=0.0).to(tl.float32)[:, None, :]
+        values = tl.load(rows_ptr + column[:, None, :], mask, other=0.0, eviction_policy="evict_first")
+        part = tl.sum(values.to(tl.float32) * x, 2)
+        if GROUPS > 1:
+            first = start + run
+            some = ((first < K) | (K % BLOCK_K == 0))[:, None] & inside[None, :]
+            group = row[None, :] * GROUPS + (first // GROUP)[:, None]
+            part *= tl.load(scales_ptr + group, some, other=0.0).to(tl.float32)
+        sums += part
+    y = tl.sum(sums, 0)
+    if GROUPS == 1:
+        y *= tl.load(scales_ptr + row, inside, other=0.0).to(tl.float32)
+    _store(y, row, inside, bias_ptr, out_ptr, N, BLOCK_N, HAS_BIAS, GATED)
+
+
+@triton.jit
+def _rows(N, BLOCK_N: tl.constexpr, GATED: tl.constexpr):
+    """This program's rows of the weight and which of them there are; gates and ups take turns."""
+    index = tl.arange(0, BLOCK_N)
+    if GATED:
+        output = tl.program_id(0) * (BLOCK_N // 2) + index // 2
+        row = output + (index % 2) * N
+    else:
+        output = tl.program_id(0) * BLOCK_N + index
+        row = output
+    return row, output < N
+
+
+@triton.jit
+def _store(
+    y,
+    row,
+    inside,
+    bias_ptr,
+    out_ptr,
+    N,
+    BLOCK_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + row, inside, other=0.0).to(tl.float32)
+    if GATED:
+        gate, up = tl.split(tl.reshape(y, (BLOCK_N // 2, 2)))
+        output = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        tl.store(out_ptr + output, silu(gate) * up, output < N)
+    else:
+        tl.store(out_ptr + row, y, inside)
+
+
+def packed_product_torch(
+    x: torch.Tensor,
+    matrix: PackedMatrix,
+    out: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    silu_mul: bool = False,
+) -> torch.Tensor:
+    """The plain twin of every product with a packed matrix, for any number of rows."""
+    weight = dequantize_torch(matrix, torch.float32)
+    y = F.linear(x.float(), weight, None if bias is None else bias.float())
+    if silu_mul:
+        gate, up = y.chunk(2, dim=-1)
+        y = F.silu(gate) * up
+    return out.copy_(y)
