@@ -19,11 +19,11 @@ from runtime.engine.sleeper import Memory
 from runtime.engine.step import Runner
 from runtime.errors import FirstlightError
 from runtime.kernels import native
-from runtime.kernels.dequantize import dequantize_all
 from runtime.kernels.quantization import Quantization
 from runtime.model.config import ModelConfig
 from runtime.model.decoder import CausalLM, Decoder
 from runtime.model.families import ForeignModel, Model
+from runtime.model.placing import Packed, place, turn_quantised
 from runtime.protocol import EngineConfig
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ _DTYPES = {
     "float32": torch.float32, "float": torch.float32, "float16": torch.float16, "half": torch.float16,
     "bfloat16": torch.bfloat16,
 }  # fmt: skip
+# Other names that users know.
+_METHODS = {"fbgemm_fp8": "fp8", "compressed-tensors": "fp8"}
 
 
 class SettingError(FirstlightError):
@@ -62,8 +64,9 @@ def build_engine(
         # With the compiled kernels, which bring their own threads, torch's would only get in the way.
         compiled = isinstance(model, Model) and native.library() is not None
         torch.set_num_threads(1 if compiled else native.default_threads())
+    packed = _turn_quantised(config, model, weights, device, dtype, memory)
     with memory.derived():
-        shape, decoder_for = _load(config, model, weights, device, dtype, group)
+        shape, decoder_for = _load(model, weights, packed, device, dtype, group)
     max_model_len = _max_model_len(config, shape)
     budget = config.max_num_batched_tokens or _MAX_NUM_BATCHED_TOKENS[device.type]
     _check_budget(config, budget, max_model_len)
@@ -104,22 +107,39 @@ def build_engine(
     return engine, dtype
 
 
-def _load(
+def _turn_quantised(
     config: EngineConfig,
     model: Model | ForeignModel,
     weights: Callable[[], Weights],
+    device: torch.device,
+    dtype: torch.dtype,
+    memory: Memory,
+) -> Packed:
+    """The projections that stay quantised, turned to the kernels' layout where they were loaded."""
+    quantization = model.config.quantization if isinstance(model, Model) else None
+    _check_quantization(config.quantization, quantization)
+
+    def turn() -> Packed:
+        return turn_quantised(weights(), quantization, device, dtype)
+
+    packed = turn() if quantization is not None else {}
+    if packed:
+        memory.on_reload(turn)
+    return packed
+
+
+def _load(
+    model: Model | ForeignModel,
+    weights: Callable[[], Weights],
+    packed: Packed,
     device: torch.device,
     dtype: torch.dtype,
     group: Group | None,
 ) -> tuple[ModelConfig, Callable[[int], CausalLM]]:
     """The shape of the model, or of a rank's part, and what makes its decoder for a max_model_len."""
     if isinstance(model, Model):
-        shape, held = model.config, weights()
-        _check_quantization(config.model.quantization, shape.quantization)
-        if shape.quantization is not None:
-            # On a CPU they keep the width of their scales.
-            held = dequantize_all(held, shape.quantization, None if device.type == "cpu" else dtype)
-        placed = _placed(held, device, dtype)
+        shape = model.config
+        placed = place(weights(), packed, shape.quantization, device, dtype)
         ours = shape if group is None else shape.of_rank(group.world_size)
         return ours, lambda max_model_len: Decoder(shape, placed, max_model_len, dtype, group)
     from runtime.model.fallback import FallbackDecoder
@@ -132,7 +152,8 @@ def _check_quantization(asked: str | None, found: Quantization | None) -> None:
     """Weights are as the checkpoint has them; naming that is allowed, asking for another is not."""
     method = None if found is None else found.method
     # Users of vLLM name the kernel along with the method.
-    if asked is not None and asked.removesuffix("_marlin") != method:
+    plain = None if asked is None else _METHODS.get(asked, asked).removesuffix("_marlin")
+    if plain not in (None, method):
         raise SettingError(
             f"--quantization {asked} does not fit this checkpoint, whose config.json says "
             f"{method or 'that it is not quantised'}; leave the flag out."
@@ -200,10 +221,3 @@ def _num_blocks(
         spare = working_bytes(model, budget, config.max_num_seqs, dtype)
         room = int(free - total * (1 - config.gpu_memory_utilization)) - spare
     return max(0, min(room // bytes_per_block, most))
-
-
-def _placed(weights: Weights, device: torch.device, dtype: torch.dtype) -> Weights:
-    """The weights where and as the device's kernels take them; on a CPU that is mostly as they are."""
-    if device.type == "cpu" and native.library() is not None:
-        return weights
-    return {name: tuple(part.to(device, dtype) for part in parts) for name, parts in weights.items()}

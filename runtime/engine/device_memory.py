@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -75,6 +75,7 @@ class DeviceMemory:
         self._driver = driver
         self._copies_arena = False
         self._arena_is_copied = False
+        self._on_reload: Callable[[], object] = lambda: None
 
     def derived(self) -> AbstractContextManager[None]:
         """See `Memory.derived`."""
@@ -83,6 +84,10 @@ class DeviceMemory:
     def cache(self) -> AbstractContextManager[None]:
         """See `Memory.cache`."""
         return self._cache.use()
+
+    def on_reload(self, work: Callable[[], object]) -> None:
+        """See `Memory.on_reload`."""
+        self._on_reload = work
 
     def prepare(self, level: SleepLevel, part: int, parts: int) -> None:
         """Copy a part of the weights; see `Memory.prepare`."""
@@ -129,6 +134,8 @@ class DeviceMemory:
             region.take()
         if self._weights is not None and not self._arena_is_copied:
             self._weights.load(lambda done: None)
+            self._on_reload()
+            torch.cuda.synchronize()
         self._arena_copy.wait()
         self._derived_copy.wait()
 

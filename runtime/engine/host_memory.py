@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -35,6 +35,9 @@ class HostMemory:
     def cache(self) -> AbstractContextManager[None]:
         """See `Memory.cache`: here, `note_pool` says what that is."""
         return nullcontext()
+
+    def on_reload(self, work: Callable[[], object]) -> None:
+        """See `Memory.on_reload`: mapped weights are never written to, and come back as they were."""
 
     def note_pool(self, pool: Iterable[torch.Tensor]) -> None:
         """These tensors are the pool of the KV cache."""

@@ -24,7 +24,9 @@ def working_bytes(config: ModelConfig, num_tokens: int, max_num_seqs: int, dtype
     """What a step of `num_tokens` tokens takes on a GPU beside weights and cache, generously."""
     widest = 2 * config.intermediate_size + config.intermediate_size + 4 * config.hidden_size
     logits = max(max_num_seqs, PROMPT_LOGPROBS_CHUNK) * config.vocab_size * 4
-    return num_tokens * widest * dtype.itemsize + 4 * logits + _LIBRARIES_BYTES
+    # The widest projection, gate and up, when quantised weights are brought back to floating point.
+    scratch = 2 * config.intermediate_size * config.hidden_size if config.quantization is not None else 0
+    return (num_tokens * widest + scratch) * dtype.itemsize + 4 * logits + _LIBRARIES_BYTES
 
 
 def available_bytes() -> int:

@@ -28,6 +28,10 @@ class Memory(Protocol):
         """For what need not outlive a sleep."""
         ...
 
+    def on_reload(self, work: Callable[[], object]) -> None:
+        """What is to be done with loaded weights, and again whenever the loader has brought them anew."""
+        ...
+
     def prepare(self, level: SleepLevel, part: int, parts: int) -> None:
         """Make part number `part` of `parts` of what has to be done while the memory is still there."""
         ...

@@ -41,9 +41,15 @@ def dequantize_all(
 def _dequantize_parts(
     weights: Weights, base: str, quantization: Quantization, dtype: torch.dtype | None
 ) -> Iterator[torch.Tensor]:
-    qweights, qzeros, scales = (weights[f"{base}.{kind}"] for kind in ("qweight", "qzeros", "scales"))
-    groups = weights.get(f"{base}.g_idx", (None,) * len(qweights))
-    for parts in zip(qweights, qzeros, scales, groups, strict=True):
+    qweights, scales = weights[f"{base}.qweight"], weights[f"{base}.scales"]
+    if quantization.method == "fp8":
+        for qweight, scale in zip(qweights, scales, strict=True):
+            spread = spread_scales(scale, qweight.shape[0], quantization)
+            groups = torch.arange(qweight.shape[1], device=spread.device) // group_size(qweight, quantization)
+            yield (qweight.float() * spread[:, groups]).to(dtype or torch.bfloat16)
+        return
+    orders = weights.get(f"{base}.g_idx", (None,) * len(qweights))
+    for parts in zip(qweights, weights[f"{base}.qzeros"], scales, orders, strict=True):
         yield dequantize(*parts, quantization).to(dtype or scales[0].dtype)
 
 
@@ -55,31 +61,50 @@ def dequantize(
     quantization: Quantization,
 ) -> torch.Tensor:
     """One weight [N, K] in float32 from its packed tensors; `groups` [K] where they are not in order."""
-    bits = quantization.bits
-    if quantization.method == "awq":
-        zeros = unpack(qzeros, bits, _AWQ_FIELDS)
-        values = unpack(qweight, bits, _AWQ_FIELDS)
-    else:
-        fields = tuple(range(32 // bits))
-        # A field of zeros overflows where what is added is added to the largest.
-        zeros = (unpack(qzeros, bits, fields) + quantization.zero_offset) & ((1 << bits) - 1)
-        values = unpack(qweight.t(), bits, fields).t()
+    integers = integers_of(qweight, quantization)
     if groups is None:
-        groups = _groups(values.shape[0], scales.shape[0], quantization.group_size, scales.device)
+        groups = _groups(integers.shape[1], scales.shape[0], quantization.group_size, scales.device)
     groups = groups.long()
-    return ((values - zeros[groups]).float() * scales.float()[groups]).t().contiguous()
+    zeros = zeros_of(qzeros, quantization).float().t()
+    return (integers.float() - zeros[:, groups]) * scales.float().t()[:, groups]
 
 
-def unpack(words: torch.Tensor, bits: int, fields: tuple[int, ...]) -> torch.Tensor:
-    """[R, C] int32 -> [R, C * len(fields)] int32: of each word, the fields in this order."""
-    shifts = torch.tensor(fields, dtype=torch.int32, device=words.device) * bits
-    # Shifting a negative word brings ones in from the left, which the mask takes away.
-    return ((words[:, :, None] >> shifts) & ((1 << bits) - 1)).flatten(1)
+def integers_of(qweight: torch.Tensor, quantization: Quantization) -> torch.Tensor:
+    """What is packed in a tensor of weights, [N, K] uint8."""
+    if quantization.method == "awq":
+        return _unpack(qweight, quantization.bits)[..., _AWQ_FIELDS].flatten(1).t()
+    return _unpack(qweight, quantization.bits).transpose(0, 1).flatten(1)
 
 
-def _groups(inputs: int, num_groups: int, group_size: int, device: torch.device) -> torch.Tensor:
+def zeros_of(qzeros: torch.Tensor, quantization: Quantization) -> torch.Tensor:
+    """The zero points that are packed in a tensor of them, [groups, N] uint8."""
+    zeros = _unpack(qzeros, quantization.bits)
+    if quantization.method == "awq":
+        return zeros[..., _AWQ_FIELDS].flatten(1)
+    # A field of zeros overflows where what is added is added to the largest.
+    return (zeros.flatten(1) + quantization.zero_offset) & ((1 << quantization.bits) - 1)
+
+
+def _unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """[R, C] int32 -> [R, C, 32 / bits] uint8, lowest bits first."""
+    parts = words.contiguous().view(torch.uint8).view(*words.shape, 4)
+    return parts if bits == 8 else torch.stack((parts & 15, parts >> 4), -1).flatten(2)
+
+
+def spread_scales(scales: torch.Tensor, outputs: int, quantization: Quantization) -> torch.Tensor:
+    """Scales of e4m3 weights, one for all, for each output or for each block, -> [N, groups] float32."""
+    table = scales.float().reshape(-1, scales.shape[1] if scales.ndim == 2 else 1)
+    return table.repeat_interleave(outputs if len(table) == 1 else quantization.block_rows, 0)[:outputs]
+
+
+def group_size(qweight: torch.Tensor, quantization: Quantization) -> int:
+    """How many inputs of an e4m3 weight [N, K] share a scale."""
+    return qweight.shape[1] if quantization.group_size == -1 else quantization.group_size
+
+
+def _groups(inputs: int, num_groups: int, per_group: int, device: torch.device) -> torch.Tensor:
     """[K] the group of each input, where groups are runs of neighbours."""
-    size = inputs if group_size == -1 else group_size
+    size = inputs if per_group == -1 else per_group
     if -(-inputs // size) != num_groups:
         raise QuantizationError(
             f"{inputs} inputs of a layer have {num_groups} groups of {size}: with fewer ranks "

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from runtime.kernels import native
 from runtime.kernels.activation import silu_mul
+from runtime.kernels.packed_linear import PackedLinear, packed_linear
 
 # As `cpu/weights.h` numbers them.
 NATIVE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -62,8 +63,10 @@ class LinearWeights:
         )
 
 
-def linear(x: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
+def linear(x: torch.Tensor, weights: LinearWeights | PackedLinear) -> torch.Tensor:
     """x [m, in_features] -> [m, out_features]; on the CPU x is contiguous float32."""
+    if isinstance(weights, PackedLinear):
+        return packed_linear(x, weights)
     if weights.suits_gemv and 0 < x.shape[0] <= _MAX_GEMV_ROWS:
         return _gemv(x, weights, x.dtype)
     lib = weights.lib
@@ -91,8 +94,12 @@ def _gemv(x: torch.Tensor, weights: LinearWeights, dtype: torch.dtype) -> torch.
     return gemv(x, weights.weights[0], out, weights.biases[0])
 
 
-def silu_linear(x: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
+def silu_linear(x: torch.Tensor, weights: LinearWeights | PackedLinear) -> torch.Tensor:
     """silu(gate) * up, both projections of x [m, in_features] fused in `weights` -> [m, out_features / 2]."""
+    if isinstance(weights, PackedLinear):
+        if x.shape[0] == 1:
+            return packed_linear(x, weights, with_silu_mul=True)
+        return silu_mul(packed_linear(x, weights))
     if weights.suits_gemv and x.shape[0] == 1:
         from runtime.kernels.gpu.gemv import gemv
 

@@ -22,6 +22,7 @@ class PackedMatrix:
     zeros   [N, K / group_size] int8, or None if all are zero
     bits    of an integer; 0 for e4m3
     field   inputs of a chunk that stand in the same bits of their words, all of one group; 0 for e4m3
+    order   [K] int64, which input each column is for; None for as they are
 
     All are contiguous.
     """
@@ -33,6 +34,7 @@ class PackedMatrix:
     group_size: int
     bits: int = 0
     field: int = 0
+    order: torch.Tensor | None = None
 
     @property
     def out_features(self) -> int:
@@ -73,7 +75,7 @@ def unpack_words(words: torch.Tensor, bits: int, field: int, in_features: int) -
 
 
 def dequantize_torch(matrix: PackedMatrix, dtype: torch.dtype) -> torch.Tensor:
-    """[N, K] in `dtype`, rounded once from float32."""
+    """[N, K] in `dtype`, in the matrix's own order of inputs, rounded once from float32."""
     values = matrix.values.float()
     if matrix.bits:
         integers = unpack_words(matrix.values, matrix.bits, matrix.field, matrix.in_features)

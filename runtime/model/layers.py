@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,13 +15,33 @@ from runtime.kernels.batch import PackedBatch
 from runtime.kernels.embedding import embedding
 from runtime.kernels.linear import LinearWeights, linear, logits_of, silu_linear
 from runtime.kernels.norm import add_rms_norm, head_rms_norm
+from runtime.kernels.packed import PackedMatrix
+from runtime.kernels.packed_linear import PackedLinear
 from runtime.kernels.rotary import rotary_store
 from runtime.model.config import Activation, ModelConfig
 
 if TYPE_CHECKING:
     from runtime.parallel.group import Group
 
-Weights = Mapping[str, tuple[torch.Tensor, ...]]
+Tensors = Mapping[str, tuple[torch.Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model's parameters by name: the parts of each, and the projections that are quantised."""
+
+    tensors: Tensors
+    packed: Mapping[str, PackedMatrix] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> tuple[torch.Tensor, ...]:
+        return self.tensors[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def get(self, name: str, default: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """The parts of a parameter that need not be there."""
+        return self.tensors.get(name, default)
 
 
 class LayerCache:
@@ -33,9 +54,11 @@ class LayerCache:
         self.values = values
 
 
-def linear_weights(weights: Weights, name: str, with_bias: bool = True) -> LinearWeights:
+def linear_weights(weights: Weights, name: str, with_bias: bool = True) -> LinearWeights | PackedLinear:
     """The (possibly fused) projection `name` with its bias, if the checkpoint has one and it is wanted."""
     biases = weights.get(f"{name}_bias", ()) if with_bias else ()
+    if name in weights.packed:
+        return PackedLinear(weights.packed[name], torch.cat(biases) if biases else None)
     # The CPU's kernels add biases in float32; a GPU's library wants them as the weights are.
     return LinearWeights(
         weights[name], [bias.float() if bias.device.type == "cpu" else bias for bias in biases]

@@ -10,6 +10,8 @@ from typing import Literal
 # `heads` and `kv_heads` cut by whole heads, and a KV head that fewer ranks can own is held by several;
 # `vocabulary` cuts rows, padded to a multiple of the group; None means that every rank holds it whole.
 Split = Literal["rows", "columns", "heads", "kv_heads", "vocabulary"] | None
+# What a tensor may hold: floating point of 16 or 32 bits, int32, or float8_e4m3fn.
+Holds = Literal["floats", "int32", "e4m3"]
 # From the first row to the one after the last.
 RowRange = tuple[int, int]
 
@@ -21,7 +23,6 @@ class Part:
     `shape` is the shape that the whole tensor must have. `rows` are the ranges that are taken of it, one
     after the other, None for all rows; `split` is how ranks share what is taken. Where outputs lie along the
     second axis, `output_axis` is 1, and `rows` and `split` mean its columns as they would mean rows.
-    `integers` says that the tensor holds int32, else floating point.
     """
 
     tensor: str
@@ -29,15 +30,16 @@ class Part:
     split: Split = None
     rows: tuple[RowRange, ...] | None = None
     output_axis: int = 0
-    integers: bool = False
+    holds: Holds = "floats"
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of the decoder: its parts, stacked along the first axis in this order."""
+    """One parameter of the decoder: its parts, stacked along the first axis in this order, or kept apart."""
 
     name: str
     parts: tuple[Part, ...]
+    stacked: bool = True
 
 
 def whole(name: str, tensor: str, *shape: int, split: Split = None) -> Parameter:

@@ -79,6 +79,7 @@ class MappedWeights:
 
         dtypes = {
             "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32,
+            "F8_E4M3": torch.float8_e4m3fn,
         }  # fmt: skip
         tensor = piece.tensor
         count = (tensor.stop - tensor.start) // tensor.item_bytes
@@ -89,7 +90,7 @@ class MappedWeights:
             flat = torch.frombuffer(bytearray(mapped[tensor.start : tensor.stop]), dtype=dtype)
         else:
             flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=tensor.start)
-        whole = flat.view(tensor.shape[0], -1)[:, piece.columns[0] : piece.columns[1]]
+        whole = flat.view(tensor.shape[0] if tensor.shape else 1, -1)[:, piece.columns[0] : piece.columns[1]]
         if len(tensor.shape) == 1:
             whole = flat
         ranges = [whole[first:last] for first, last in piece.rows]

@@ -14,14 +14,15 @@ from pathlib import Path
 from runtime.errors import FirstlightError
 from runtime.model.config import ModelConfig
 from runtime.model.families import Model
-from runtime.model.layout import Part, RowRange
+from runtime.model.layout import Holds, Part, RowRange
 from runtime.model.quantization import spelled
 from runtime.weights.checkpoint import CheckpointError, TensorInfo
 
 # What the arena's parameters start at: a multiple that every device's widest loads are happy with.
 ALIGNMENT = 256
-FLOAT_DTYPES = ("F32", "F16", "BF16")
-INTEGER_DTYPES = ("I32",)
+DTYPES: dict[Holds, tuple[str, ...]] = {
+    "floats": ("F32", "F16", "BF16"), "int32": ("I32",), "e4m3": ("F8_E4M3",),
+}  # fmt: skip
 
 
 class PlanError(FirstlightError):
@@ -99,8 +100,7 @@ def make_plan(model: Model, tensors: dict[str, TensorInfo], rank: int = 0, world
         if len({piece.tensor.dtype for piece in pieces}) > 1:
             kinds = ", ".join(f"{piece.tensor.name}: {piece.tensor.dtype}" for piece in pieces)
             raise CheckpointError(f"Tensors that are computed together differ in dtype ({kinds}).")
-        stacked = not any(part.output_axis or part.integers for part in parameter.parts)
-        planned.append(PlannedParameter(parameter.name, pieces, offset, stacked))
+        planned.append(PlannedParameter(parameter.name, pieces, offset, parameter.stacked))
         size = sum(piece.num_bytes for piece in pieces)
         offset += -(-size // ALIGNMENT) * ALIGNMENT
     return Plan(tuple(planned), offset)
@@ -139,9 +139,10 @@ def _pieces(
     part: Part, tensors: dict[str, TensorInfo], config: ModelConfig, rank: int, world_size: int
 ) -> list[Piece]:
     tensor = _checked(part, tensors)
-    outputs = part.rows or ((0, part.shape[part.output_axis]),)
+    length = part.shape[part.output_axis] if part.shape else 1
+    outputs = part.rows or ((0, length),)
     count = sum(last - first for first, last in outputs)
-    inputs = math.prod(part.shape) // max(1, part.shape[part.output_axis])
+    inputs = math.prod(part.shape) // max(1, length)
     share, wide = (0, count), (0, inputs)
     match part.split:
         case "columns":
@@ -172,7 +173,7 @@ def _checked(part: Part, tensors: dict[str, TensorInfo]) -> TensorInfo:
             f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)}; "
             f"config.json implies {list(part.shape)}."
         )
-    dtypes = INTEGER_DTYPES if part.integers else FLOAT_DTYPES
+    dtypes = DTYPES[part.holds]
     if tensor.dtype not in dtypes:
         raise CheckpointError(
             f"{tensor.file}: tensor {tensor.name} has dtype {tensor.dtype}; {', '.join(dtypes)} can be read."

@@ -79,7 +79,10 @@ class _Adopted:
 def _views(arena: torch.Tensor, parameter: PlannedParameter) -> Iterator[torch.Tensor]:
     import torch
 
-    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32}
+    dtypes = {
+        "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32,
+        "F8_E4M3": torch.float8_e4m3fn,
+    }  # fmt: skip
     offset = parameter.offset
     for pieces in [parameter.pieces] if parameter.stacked else [(piece,) for piece in parameter.pieces]:
         size = sum(piece.num_bytes for piece in pieces)

@@ -71,7 +71,7 @@ def test_layers(layer: str, format: str, dtype: torch.dtype) -> None:
     for config in CONFIGS:
         for count in (1, 13, 64, 300):
             out = torch.empty(count, matrix.out_features, device="cuda")
-            packed_tiles(rows[:count], matrix, out, workspace, config)
+            packed_tiles(rows[:count], matrix, out, config, workspace)
             # Scales that come first round each weight to the width of the rows.
             rounding = {torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype] if config.scales_first else 1e-4
             check(out, expected[:count], rounding)
@@ -83,10 +83,10 @@ def test_the_same_every_time_and_in_a_graph() -> None:
     x = torch.randn(16, 27648, device="cuda").bfloat16()
     out = torch.empty(16, 5120, device="cuda").bfloat16()
     workspace = TileWorkspace.allocate(64 << 20, 1 << 14, "cuda")
-    first = packed_tiles(x, matrix, out, workspace, CONFIGS[0]).clone()
+    first = packed_tiles(x, matrix, out, CONFIGS[0], workspace).clone()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        packed_tiles(x, matrix, out, workspace, CONFIGS[0])
+        packed_tiles(x, matrix, out, CONFIGS[0], workspace)
     for _ in range(50):
         out.zero_()
         graph.replay()

@@ -16,18 +16,19 @@ import triton.language as tl
 from runtime.kernels.gpu.activation import silu
 from runtime.kernels.packed import PackedMatrix, dequantize_torch
 
-# Numbers of 8 bits, or words of 32, that a thread takes at once.
+# Neighbouring numbers of 8 bits that a thread takes at once.
 _BYTES_RUN = tl.constexpr(8)
-_WORDS_RUN = tl.constexpr(4)
 
 
 @dataclass(frozen=True, slots=True)
 class PackedGemvConfig:
-    """block_n rows of the weight a program, block_bytes of each at a time."""
+    """block_n rows of the weight a program, block_bytes of each at a time; of words, a thread takes a run of
+    so many of 32 bits."""
 
     block_n: int
     block_bytes: int
     num_warps: int
+    run: int = 2
 
 
 # 2^23 in float32, with room for an integer in its last bits. It comes as an argument because an instruction
@@ -36,8 +37,8 @@ _MAGIC = 0x4B000000
 # By the bits of a weight's integers, 0 for e4m3.
 _CONFIGS = {
     0: PackedGemvConfig(4, 1024, 4),
-    4: PackedGemvConfig(4, 2048, 4),
-    8: PackedGemvConfig(4, 2048, 4),
+    4: PackedGemvConfig(4, 512, 1, 4),
+    8: PackedGemvConfig(4, 1024, 4),
 }
 
 
@@ -78,7 +79,8 @@ def packed_gemv(
         words = matrix.values.view(torch.int32)
         _words_kernel[grid](
             x, x.view(torch.int32), words, *operands, _MAGIC, WORDS=words.shape[1], FIELD=matrix.field,
-            BITS=matrix.bits, PER_SCALE=_fields_per_scale(matrix), BLOCK_W=config.block_bytes // 4, **shape,
+            BITS=matrix.bits, PER_SCALE=_fields_per_scale(matrix), BLOCK_W=config.block_bytes // 4,
+            RUN=config.run, **shape,
         )  # fmt: skip
     else:
         _bytes_kernel[grid](x, matrix.values, *operands, BLOCK_K=config.block_bytes, **shape)
@@ -113,15 +115,16 @@ def _words_kernel(
     PER_SCALE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    RUN: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GATED: tl.constexpr,
 ):
-    RUNS: tl.constexpr = BLOCK_W // _WORDS_RUN
+    RUNS: tl.constexpr = BLOCK_W // RUN
     FIELDS: tl.constexpr = 16 // BITS
     row, inside = _rows(N, BLOCK_N, GATED)
-    run = tl.arange(0, RUNS) * _WORDS_RUN
-    lane = tl.arange(0, _WORDS_RUN)[None, :]
+    run = tl.arange(0, RUNS) * RUN
+    lane = tl.arange(0, RUN)[None, :]
     rows_ptr = words_ptr + row[None, :, None].to(tl.int64) * WORDS
     sums = tl.zeros((RUNS, BLOCK_N), tl.float32)
     for start in tl.static_range(0, WORDS, BLOCK_W):
@@ -132,8 +135,8 @@ def _words_kernel(
         high_words = words >> 16
         # A chunk of FIELDS * FIELD inputs is FIELD / 2 of these words, each of which is two of 16 bits.
         chunk, place = (start + run) // (FIELD // 2), (start + run) % (FIELD // 2)
-        products = tl.zeros((RUNS, BLOCK_N, _WORDS_RUN), tl.float32)
-        x_sums = tl.zeros((RUNS, _WORDS_RUN), tl.float32)
+        products = tl.zeros((RUNS, BLOCK_N, RUN), tl.float32)
+        x_sums = tl.zeros((RUNS, RUN), tl.float32)
         for field in tl.static_range(FIELDS):
             first = (chunk * FIELDS + field) * FIELD
             pair = (first // 2 + place)[:, None] + lane
@@ -153,11 +156,11 @@ def _words_kernel(
                 if HAS_ZEROS:
                     zeros = tl.load(zeros_ptr + group, some, other=0).to(tl.float32)
                     part -= zeros * tl.sum(x_sums, 1)[:, None]
-                    x_sums = tl.zeros((RUNS, _WORDS_RUN), tl.float32)
+                    x_sums = tl.zeros((RUNS, RUN), tl.float32)
                 if GROUPS > 1:
                     part *= tl.load(scales_ptr + group, some, other=0.0).to(tl.float32)
                 sums += part
-                products = tl.zeros((RUNS, BLOCK_N, _WORDS_RUN), tl.float32)
+                products = tl.zeros((RUNS, BLOCK_N, RUN), tl.float32)
     y = tl.sum(sums, 0)
     if GROUPS == 1:
         y *= tl.load(scales_ptr + row, inside, other=0.0).to(tl.float32)

@@ -8,6 +8,7 @@ the result does not depend on who that was.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,10 @@ import triton
 import triton.language as tl
 
 from runtime.kernels.packed import PackedMatrix
+
+# Room for the partial sums of split products: no more are split than fit.
+WORKSPACE_ELEMENTS = 16 << 20
+WORKSPACE_TILES = 1 << 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +57,8 @@ def packed_tiles(
     x: torch.Tensor,
     matrix: PackedMatrix,
     out: torch.Tensor,
-    workspace: TileWorkspace,
     config: TileConfig,
+    workspace: TileWorkspace,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """out = x W^T + bias.
@@ -102,6 +107,22 @@ def packed_tiles(
         **shape,
     )
     return out
+
+
+@functools.cache
+def shared_workspace(device: torch.device) -> TileWorkspace:
+    """The workspace of all products on a device, which run one after the other."""
+    return TileWorkspace.allocate(WORKSPACE_ELEMENTS, WORKSPACE_TILES, device)
+
+
+def tile_config(matrix: PackedMatrix, num_rows: int, num_sms: int) -> TileConfig:
+    """How a product of so many rows is cut up on a GPU of so many multiprocessors."""
+    block_m = next((m for m in (16, 64, 128) if num_rows <= m), 128)
+    block_n, warps, stages = {16: (64, 4, 4), 64: (64, 4, 4), 128: (128, 8, 3)}[block_m]
+    tiles = triton.cdiv(num_rows, block_m) * triton.cdiv(matrix.out_features, block_n)
+    wanted = {16: 4, 64: 2, 128: 1}[block_m] * num_sms // tiles
+    most = WORKSPACE_ELEMENTS // (tiles * block_m * block_n)
+    return TileConfig(block_m, block_n, max(1, min(wanted, most, 8)), warps, stages, block_m == 128)
 
 
 def word_shape(matrix: PackedMatrix) -> dict[str, int]:
@@ -185,47 +206,59 @@ def _tile_kernel(
             start = (chunk * FIELDS + field) * FIELD
             known = (place + start < K)[:, None] | (K % (FIELDS * FIELD) == 0)
             x = tl.load(x_ptr + start, wanted & known, other=0.0)
-            if BITS == 0:
-                # By way of float32, which GPUs are much quicker at than at half to bfloat16.
-                weight = words.to(tl.float32).to(x.dtype)
-            elif WIDENING is not None:
-                weight = _widen_pairs(words, x, WIDENING, field)
-            else:
-                weight = integers_of(words, BITS, field, x.dtype)
+            weight = _widened(words, x, BITS, field, WIDENING)
+            # Past the last input there is nothing to scale.
+            group = tl.minimum(start // GROUP, GROUPS - 1)
+            if HAS_ZEROS:
+                weight -= tl.load(zeros_ptr + group, there, other=0).to(x.dtype)
             if GROUPS == 1:
-                if HAS_ZEROS:
-                    weight -= tl.load(zeros_ptr, there, other=0).to(x.dtype)
                 sums = tl.dot(weight, x, sums)
-            else:
-                # Past the last input there is nothing to scale.
-                group = tl.minimum(start // GROUP, GROUPS - 1)
-                if HAS_ZEROS:
-                    weight -= tl.load(zeros_ptr + group, there, other=0).to(x.dtype)
+            elif SCALES_FIRST:
                 scale = tl.load(scales_ptr + group, there, other=0.0)
-                if SCALES_FIRST:
-                    sums = tl.dot(weight * scale.to(x.dtype), x, sums)
-                else:
-                    sums += tl.dot(weight, x) * scale.to(tl.float32)
-    cell = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+                sums = tl.dot(weight * scale.to(x.dtype), x, sums)
+            else:
+                scale = tl.load(scales_ptr + group, there, other=0.0)
+                sums += tl.dot(weight, x) * scale.to(tl.float32)
     is_last = True
     if SPLIT:
-        tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-        partials_ptr += tile.to(tl.int64) * splits * (BLOCK_N * BLOCK_M)
-        tl.store(partials_ptr + tl.program_id(2) * (BLOCK_N * BLOCK_M) + cell, sums)
-        # All threads have written before one of them says so.
-        tl.debug_barrier()
-        is_last = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel") == splits - 1
-        if is_last:
-            tl.store(counters_ptr + tile, 0)
-            sums = tl.load(partials_ptr + cell, cache_modifier=".cg")
-            for split in range(1, splits):
-                sums += tl.load(partials_ptr + split * (BLOCK_N * BLOCK_M) + cell, cache_modifier=".cg")
+        sums, is_last = _all_shares(sums, partials_ptr, counters_ptr, BLOCK_M, BLOCK_N)
     if is_last:
         if GROUPS == 1:
             sums *= tl.load(scales_ptr, there, other=0.0).to(tl.float32)
         if HAS_BIAS:
             sums += tl.load(bias_ptr + output, output < N, other=0.0).to(tl.float32)[:, None]
         tl.store(out_ptr + row[None, :].to(tl.int64) * N + output[:, None], sums, there & wanted)
+
+
+@triton.jit
+def _all_shares(sums, partials_ptr, counters_ptr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The sums of all programs of a tile, in the last of them to end, and whether this is the one."""
+    splits = tl.num_programs(2)
+    tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    cell = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+    partials_ptr += tile.to(tl.int64) * splits * (BLOCK_N * BLOCK_M) + cell
+    tl.store(partials_ptr + tl.program_id(2) * (BLOCK_N * BLOCK_M), sums)
+    # All threads have written before one of them says so.
+    tl.debug_barrier()
+    is_last = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel") == splits - 1
+    if is_last:
+        tl.store(counters_ptr + tile, 0)
+        sums = tl.load(partials_ptr, cache_modifier=".cg")
+        for split in range(1, splits):
+            sums += tl.load(partials_ptr + split * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
+    return sums, is_last
+
+
+@triton.jit
+def _widened(words, x, BITS: tl.constexpr, FIELD_INDEX: tl.constexpr, WIDENING: tl.constexpr):
+    """The values in the i-th bits of each word, or of e4m3, in x's dtype."""
+    if BITS == 0:
+        # By way of float32, which GPUs are much quicker at than at half to bfloat16.
+        return words.to(tl.float32).to(x.dtype)
+    elif WIDENING is None:
+        return integers_of(words, BITS, FIELD_INDEX, x.dtype)
+    else:
+        return _widen_pairs(words, x, WIDENING, FIELD_INDEX)
 
 
 @triton.jit

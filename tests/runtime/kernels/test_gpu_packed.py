@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -55,23 +57,26 @@ def test_words_hold_what_was_packed(bits: int, field: int) -> None:
     assert int(words[3, field + 2]) >> bits & ((1 << bits) - 1) == expected
 
 
+def small_blocks(*args: Any) -> None:
+    """The kernel, several times along the inputs and with blocks that the outputs do not fill."""
+    packed_gemv(*args, PackedGemvConfig(8, 64, 1, 4))
+
+
+@pytest.mark.parametrize("multiply", [packed_gemv, small_blocks, packed_product_torch])
 @pytest.mark.parametrize("name", MATRICES)
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_one_row(name: str, gated: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("gated", "dtype"), [(False, torch.bfloat16), (True, torch.float16)])
+def test_one_row(multiply: Any, name: str, gated: bool, dtype: torch.dtype) -> None:
     matrix = matrix_of(name)
     x = torch.randn(1, matrix.in_features, device=DEVICE).to(dtype)
     bias = torch.randn(44, device=DEVICE).to(dtype)
-    for multiply in (packed_gemv, packed_product_torch):
-        for given in (None, bias):
-            out = torch.empty(1, 22 if gated else 44, device=DEVICE)
-            multiply(x, matrix, out, given, gated)
-            torch.testing.assert_close(out.double(), expected(x, matrix, given, gated), atol=1e-5, rtol=1e-5)
+    given = bias if gated else None
+    out = torch.empty(1, 22 if gated else 44, device=DEVICE)
+    multiply(x, matrix, out, given, gated)
+    torch.testing.assert_close(out.double(), expected(x, matrix, given, gated), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", MATRICES)
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("scales_first", [False, True])
+@pytest.mark.parametrize(("splits", "scales_first"), [(1, True), (3, False)])
 def test_tiles(name: str, splits: int, scales_first: bool) -> None:
     matrix = matrix_of(name)
     x = torch.randn(19, matrix.in_features, device=DEVICE).half()
@@ -80,12 +85,12 @@ def test_tiles(name: str, splits: int, scales_first: bool) -> None:
     config = TileConfig(16, 16, splits, 4, 2, scales_first)
     # Scales that come first round the weights to 11 bits.
     tolerance = 2e-3 if scales_first else 1e-5
-    for given in (None, bias):
-        out = torch.empty(19, 44, device=DEVICE)
-        packed_tiles(x, matrix, out, workspace, config, given)
-        torch.testing.assert_close(
-            out.double(), expected(x, matrix, given, False), atol=tolerance, rtol=tolerance
-        )
+    given = bias if scales_first else None
+    out = torch.empty(19, 44, device=DEVICE)
+    packed_tiles(x, matrix, out, config, workspace, given)
+    torch.testing.assert_close(
+        out.double(), expected(x, matrix, given, False), atol=tolerance, rtol=tolerance
+    )
     assert not workspace.counters.any()
 
 

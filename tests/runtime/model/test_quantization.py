@@ -30,6 +30,19 @@ AWQ: dict[str, Any] = {
     "zero_point": True,
     "version": "gemm",
 }
+FP8: dict[str, Any] = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+COMPRESSED: dict[str, Any] = {
+    "quant_method": "compressed-tensors",
+    "format": "float-quantized",
+    "ignore": ["lm_head"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True},
+            "input_activations": {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True},
+        }
+    },
+}
 FORMATS: dict[str, dict[str, Any]] = {
     "GPTQ Int8": GPTQ | {"bits": 8},
     "GPTQ Int4": GPTQ,
@@ -40,6 +53,9 @@ FORMATS: dict[str, dict[str, Any]] = {
     "GPTQ Int8 with zero points": GPTQ | {"bits": 8, "sym": False},
     "GPTQ in the order of activations": GPTQ | {"desc_act": True},
     "AWQ": AWQ,
+    "FP8": FP8,
+    "FP8 in blocks": FP8 | {"weight_block_size": [32, 32]},
+    "FP8, a scale for each output": COMPRESSED,
 }
 
 
@@ -115,7 +131,7 @@ def test_a_config_beside_config_json_says_it_as_well(tmp_path: Path) -> None:
         (AWQ | {"version": "gemv"}, "quantization_config: version 'gemv' is not supported"),
         (GPTQ | {"group_size": 0}, "quantization_config: group_size must be a positive integer, or -1"),
         (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format 'marlin' is not supported"),
-        (GPTQ | {"quant_method": "aqlm"}, "quant_method 'aqlm' is not supported (gptq, awq)"),
+        (GPTQ | {"quant_method": "aqlm"}, "quant_method 'aqlm' is not supported (gptq, awq, fp8"),
         (GPTQ | {"group_size": 64}, "has shape [3, 12]; config.json implies [2, 12]"),
         (None, "is quantised, but config.json has no quantization_config"),
     ],
@@ -141,8 +157,8 @@ def test_the_flag_may_name_what_the_checkpoint_is(asked: str | None, tmp_path: P
 
     of_transformers("Qwen2", tmp_path, **SIZES)
     quantise(tmp_path, GPTQ)
-    spec = ModelSpec(id="tiny", source=str(tmp_path), quantization=asked)
-    config = EngineConfig(model=spec, cache_dir=str(tmp_path), device="cpu", kv_cache_bytes=8 << 20)
+    spec = ModelSpec(id="tiny", source=str(tmp_path))
+    config = EngineConfig.of(spec, str(tmp_path), device="cpu", kv_cache_bytes=8 << 20, quantization=asked)
     if asked == "awq":
         with pytest.raises(FirstlightError, match="--quantization awq does not fit this checkpoint"):
             start(config, lambda event: None)

@@ -54,6 +54,37 @@ def quantised(name: str, shape: tuple[int, int], settings: dict[str, Any], rando
     return tensors, torch.from_numpy(weight)
 
 
+def _e4m3(codes: np.ndarray) -> np.ndarray:
+    """What bytes of the e4m3 type mean: a sign, 4 bits of exponent less 7, 3 bits of mantissa."""
+    exponent, mantissa = (codes >> 3 & 15).astype(np.float64), (codes & 7).astype(np.float64)
+    size = np.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7))
+    return np.where(codes & 128, -size, size)
+
+
+def quantised_fp8(name: str, shape: tuple[int, int], settings: dict[str, Any], random: np.random.Generator):
+    """As `quantised`, in e4m3 with a scale for all, for each output or for each block; meant in bfloat16."""
+    codes = random.integers(0, 256, shape).astype(np.uint8)
+    codes[codes & 127 == 127] = 0  # there is no such number
+    rows, columns = settings.get("weight_block_size", shape)
+    kind, scale_shape = "weight_scale", (-(-shape[0] // rows), -(-shape[1] // columns))
+    if "weight_block_size" in settings:
+        kind = "weight_scale_inv"
+    elif settings["quant_method"] == "compressed-tensors":
+        rows, scale_shape = 1, (shape[0], 1)
+    # The largest of these numbers is 448.
+    scales = ((random.random(scale_shape) + 0.5) * (0.3 / 100)).astype(np.float32)
+    spread = scales.repeat(rows, 0)[: shape[0]].repeat(columns, 1)[:, : shape[1]]
+    weight = torch.from_numpy((_e4m3(codes) * spread).astype(np.float32)).bfloat16()
+    if settings["quant_method"] == "fp8" and kind == "weight_scale":
+        scales = scales.reshape(())
+    base = name.removesuffix(".weight")
+    tensors = {
+        f"{base}.weight": torch.from_numpy(codes).view(torch.float8_e4m3fn),
+        f"{base}.{kind}": torch.from_numpy(scales),
+    }
+    return tensors, weight
+
+
 def quantise(directory: Path, settings: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Replace the linear layers of a checkpoint by random quantised ones; returns the weights they mean."""
     random = np.random.default_rng(4)
@@ -62,7 +93,8 @@ def quantise(directory: Path, settings: dict[str, Any]) -> dict[str, torch.Tenso
     for name, tensor in list(tensors.items()):
         in_layer = ".layers." in name or ".h." in name
         if in_layer and name.endswith(".weight") and tensor.ndim == 2:
-            packed, meant[name] = quantised(name, tuple(tensor.shape), settings, random)
+            method = quantised if settings["quant_method"] in ("gptq", "awq") else quantised_fp8
+            packed, meant[name] = method(name, tuple(tensor.shape), settings, random)
             del tensors[name]
             tensors |= packed
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
