@@ -90,11 +90,20 @@ class TestMetrics:
 
 
 class TestAccessLog:
-    def lines(self, capfd: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
-        written = capfd.readouterr().err
+    def lines(self, capfd: pytest.CaptureFixture[str], count: int) -> list[dict[str, Any]]:
+        """The first lines; each is written when its answer is out already."""
+        written = ""
+
+        def complete() -> list[dict[str, Any]] | None:
+            nonlocal written
+            written += capfd.readouterr().err
+            found = [json.loads(line) for line in written.splitlines(True) if line.endswith("}\n")]
+            requests = [line for line in found if line["event"] == "request"]
+            return requests if len(requests) >= count else None
+
+        requests: list[dict[str, Any]] = until(complete)
         assert SECRET not in written
-        found = [json.loads(line) for line in written.splitlines() if line.startswith("{")]
-        return [line for line in found if line["event"] == "request"]
+        return requests
 
     def test_a_generation(self, make_server: Make, capfd: pytest.CaptureFixture[str]) -> None:
         server = make_server(access_log=True)
@@ -103,7 +112,7 @@ class TestAccessLog:
             {"messages": [{"role": "user", "content": SECRET}]},
             {"X-Request-Id": "mine"},
         ).json
-        (line,) = self.lines(capfd)
+        (line,) = self.lines(capfd, 1)
         assert line["request_id"] == "mine"
         assert (line["method"], line["path"], line["status"]) == ("POST", "/v1/chat/completions", 200)
         assert (line["id"], line["model"], line["stream"], line["choices"]) == (answer["id"], MODEL, False, 1)
@@ -122,7 +131,7 @@ class TestAccessLog:
         server.post("/tokenize", {"prompt": SECRET}, key)
         for path in ("/health/live", "/metrics", "/"):
             server.get(path, key)
-        lines = self.lines(capfd)
+        lines = self.lines(capfd, 4)
         assert [line["status"] for line in lines] == [400, 401, 404, 200]
         assert lines[0]["error"] == "invalid_value"
 
@@ -130,12 +139,13 @@ class TestAccessLog:
         server = make_server(access_log=True, prepare=lambda engine: engine.set_loading())
         with server.open_stream(stream=False):
             assert server.engine.submit_seen.wait(10)
-        (left,) = until(lambda: self.lines(capfd))
+        (left,) = self.lines(capfd, 1)
         assert (left["status"], left["error"], left["ttft_seconds"]) == (499, "client_gone", None)
 
     def test_it_can_be_switched_off(self, make_server: Make, capfd: pytest.CaptureFixture[str]) -> None:
         assert make_server(access_log=False).chat().status == 200
-        assert self.lines(capfd) == []
+        assert make_server(access_log=True).chat(n=2).status == 200
+        assert [line["choices"] for line in self.lines(capfd, 1)] == [2]
 
 
 @contextmanager
