@@ -1,0 +1,172 @@
+"""Compiles the kernels that an engine may need for a model, without a GPU and without the weights.
+
+    python -m runtime.engine.kernels_ahead MODEL_FOLDER [CAPABILITY ...]          into the user's cache
+    python -m runtime.engine.kernels_ahead image MODEL_FOLDER [CAPABILITY ...]    for an image to ship
+
+The model's config.json is enough. Capabilities are 80, 89, 90 (the default), 100 and the like.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+import torch
+import triton
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from runtime.engine.deferred import import_the_rest
+from runtime.errors import FirstlightError
+from runtime.kernels.batch import DeviceBatch
+from runtime.kernels.gpu import cache
+from runtime.kernels.gpu.attention_prefill import prefill_tile, prefill_work_items
+from runtime.kernels.gpu.attention_tile import Workspace
+from runtime.kernels.gpu.offline import compiling_for
+from runtime.kernels.gpu.prepare import apply_updates, prepare_decode
+from runtime.kernels.gpu.sampling.logprobs import token_logprobs
+from runtime.kernels.gpu.sampling.mask import RowMasks
+from runtime.kernels.gpu.sampling.parameters import SamplingTables, Stages
+from runtime.kernels.gpu.sampling.sampler import Batch, Sampler
+from runtime.model.decoder import Decoder
+from runtime.model.families import Model, read_model
+from runtime.model.layers import LayerCache
+from runtime.protocol import EngineConfig
+from runtime.weights.checkpoint import TensorInfo
+from runtime.weights.plan import Plan, PlannedParameter, make_plan
+
+# Steps between whose kernels there is any difference, as (decoding sequences, lengths of new prompts).
+_STEPS: Sequence[tuple[int, tuple[int, ...]]] = (
+    (1, ()), (2, ()), (16, ()), (17, ()), (256, ()), (0, (1,)), (0, (64,)), (0, (2048,)), (3, (40, 500)),
+)  # fmt: skip
+_SPLITS = (1, 2)
+_MAX_LEN = 4096
+_SLOTS = 256
+_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+
+def compile_kernels(directory: Path, capability: int) -> int:
+    """Fill Triton's cache for one kind of GPU; returns how many kernels were compiled."""
+    model = read_model(directory)
+    if not isinstance(model, Model):
+        raise FirstlightError(f"{directory}: this architecture runs through transformers, with its kernels.")
+    if model.config.quantization is not None:
+        raise FirstlightError(f"{directory}: the kernels of quantised weights cannot be compiled ahead.")
+    dtype = _DTYPES.get(model.torch_dtype, torch.bfloat16)
+    before = cache.num_compiled()
+    import_the_rest()
+    with compiling_for(capability), FakeTensorMode(), torch.inference_mode():
+        steps = _Steps(model, make_plan(model, _imagined(model)), dtype, _block_size())
+        for num_decodes, prompts in _STEPS:
+            for num_splits in _SPLITS:
+                steps.sample(steps.forward(num_decodes, prompts, num_splits))
+    return cache.num_compiled() - before
+
+
+def _block_size() -> int:
+    """The default of `EngineConfig`; with another, kernels are compiled when they are needed."""
+    defaults = {field.name: field.default for field in msgspec.structs.fields(EngineConfig)}
+    return int(defaults["block_size"])
+
+
+class _Steps:
+    """The parts of an engine that launch kernels, on tensors without data."""
+
+    def __init__(self, model: Model, plan: Plan, dtype: torch.dtype, block_size: int) -> None:
+        config = model.config
+        weights = {each.name: tuple(_views(each, dtype)) for each in plan.parameters}
+        self._config = config
+        self._block_size = block_size
+        self._decoder = Decoder(config, weights, _MAX_LEN, dtype)
+        shape = (2, 64, config.num_kv_heads, block_size, config.head_dim)
+        self._cache = [
+            LayerCache(*torch.empty(shape, dtype=dtype, device="cuda")) for _ in range(config.num_layers)
+        ]
+        self._tile = prefill_tile(config.num_heads, config.num_kv_heads, config.head_dim, dtype.itemsize)
+        self._workspace = Workspace.allocate(1 << 24, config.head_dim, 1 << 24, "cuda")  # more than enough
+        self._last_token, self._seq_len = _words(2, _SLOTS + 1)
+        self._blocks = _words(_SLOTS + 1, _MAX_LEN // block_size)
+        tables = SamplingTables.allocate(_SLOTS, config.vocab_size, "cuda")
+        self._sampler = Sampler(tables, _SLOTS, config.vocab_size)
+
+    def forward(self, num_decodes: int, prompts: tuple[int, ...], num_splits: int) -> torch.Tensor:
+        """The logits of a step."""
+        total = num_decodes + sum(prompts)
+        token_ids, positions, slots, seq_lens, rows = _words(5, max(total, _SLOTS)).unbind()
+        apply_updates(_words(1, 3), _words(1), self._blocks)
+        decodes = (each[:num_decodes] for each in (token_ids, positions, slots, seq_lens))
+        if num_decodes:
+            prepare_decode(
+                rows[:num_decodes], self._last_token, self._seq_len, self._blocks, self._block_size, *decodes
+            )
+        num_items = len(prefill_work_items(prompts, prompts, self._tile)) if prompts else 0
+        batch = DeviceBatch(
+            token_ids=token_ids[:total],
+            positions=positions[:total],
+            slots=slots[:total],
+            query_start=_words(len(prompts) + 1 if prompts else 0),
+            seq_lens=seq_lens[: num_decodes + len(prompts)],
+            block_tables=self._blocks,
+            work_items=_words(num_items, 2),
+            logits_rows=_words(num_decodes + len(prompts)) if prompts else None,
+            table_rows=rows[: num_decodes + len(prompts)],
+            num_decodes=num_decodes,
+            decode_splits=num_splits,
+            prefill_splits=num_splits,
+            workspace=self._workspace,
+        )
+        return self._decoder.forward(batch, self._cache)
+
+    def sample(self, logits: torch.Tensor) -> None:
+        """Draw from these logits in every way that requests can ask for."""
+        num_rows = logits.shape[0]
+        batch = Batch(logits, _words(num_rows), _words(num_rows))
+        tokens = _words(num_rows)
+        masks = RowMasks(_words(num_rows), _words(num_rows, -(-self._config.vocab_size // 32)))
+        for draw, top_k, top_p, adjust in itertools.product((False, True), repeat=4):
+            stages = Stages(draw, draw and top_k, draw and top_p, adjust)
+            for some in (None, masks):
+                self._sampler.sample(batch, stages, tokens, self._last_token, self._seq_len, some)
+        token_logprobs(logits, tokens, 1)
+
+
+def _words(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.int32, device="cuda")
+
+
+def _views(parameter: PlannedParameter, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """The parameter's tensors, as loading makes them."""
+    for pieces in [parameter.pieces] if parameter.stacked else [(piece,) for piece in parameter.pieces]:
+        rows = sum(piece.shape[0] for piece in pieces)
+        yield torch.empty((rows, *pieces[0].shape[1:]), dtype=dtype, device="cuda")
+
+
+def _imagined(model: Model) -> dict[str, TensorInfo]:
+    """The checkpoint that config.json implies."""
+    parts = [part for parameter in model.parameters for part in parameter.parts]
+    return {
+        part.tensor: TensorInfo(part.tensor, "BF16", part.shape, Path("none"), 0, 2 * math.prod(part.shape))
+        for part in parts
+    }
+
+
+def main(arguments: list[str]) -> int:
+    """Compile for the model in a folder and for each capability."""
+    if arguments[:1] == ["image"]:
+        arguments = arguments[1:]
+        triton.knobs.cache.dir = str(cache.SHIPPED)
+    directory, *capabilities = arguments
+    for capability in map(int, capabilities or ["90"]):
+        count = compile_kernels(Path(directory), capability)
+        print(f"{count} kernels compiled for capability {capability / 10:.1f}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except FirstlightError as problem:
+        sys.exit(f"firstlight: {problem}")

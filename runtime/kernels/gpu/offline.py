@@ -1,0 +1,111 @@
+"""Compiling kernels for a GPU that is not there: they go to Triton's cache, with what launches them.
+
+Inside `compiling_for`, launching a kernel compiles it and does nothing else, so its arguments may be
+tensors without data. Their dtypes and offsets decide what is compiled.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+import triton.runtime.build
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from runtime.kernels.gpu import cache
+
+
+@contextmanager
+def compiling_for(capability: int) -> Iterator[None]:
+    """Compile for GPUs of a compute capability: 90 for 9.0. Needs a C compiler and Python's headers.
+
+    Fill a cache in a process of its own: what it has compiled is taken for launched.
+    """
+    cache.prepare()
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise FileNotFoundError("no C compiler found: Triton needs one to make what launches its kernels")
+    with tempfile.TemporaryDirectory() as folder, triton.knobs.nvidia.scope():
+        # Launchers are linked against the driver, which need not be there: nothing of it is called.
+        empty, library = Path(folder) / "empty.c", Path(folder) / "libcuda.so.1"
+        empty.touch()
+        subprocess.run([compiler, "-shared", "-fPIC", "-o", library, empty], check=True)
+        triton.knobs.nvidia.libcuda_path = folder
+        with (
+            mock.patch.object(triton.runtime.build, "_load_module_from_path", _not_loaded),
+            mock.patch.object(JITFunction, "run", _compile),
+        ):
+            from triton.backends.nvidia.driver import CudaUtils
+
+            driver.set_active(_AbsentDevice(capability, CudaUtils()))
+            yield
+
+
+class _AbsentDevice:
+    """As much of Triton's driver as compiling asks for."""
+
+    def __init__(self, capability: int, utils: Any) -> None:
+        self.utils = utils
+        self._target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class _Argument:
+    """What Triton looks at of a tensor argument."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.dtype = tensor.dtype
+        self.shape = tensor.shape
+        self._offset = int(tensor.storage_offset()) * tensor.element_size()
+
+    def data_ptr(self) -> int:
+        """An address that is aligned as the tensor's is: storages begin at multiples of 512."""
+        return self._offset
+
+    def ptr_range(self) -> int:
+        """The bytes that can be reached from there: as with CUDA, nobody asks."""
+        return 0
+
+
+class _Unloaded(ModuleType):
+    """A module of which only the file is wanted."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return mock.MagicMock()
+
+
+def _not_loaded(name: str, path: str) -> ModuleType:
+    return _Unloaded(name)
+
+
+_run = JITFunction.run
+
+
+def _compile(self: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> Any:
+    from triton.backends.nvidia.driver import CudaLauncher
+
+    described = [_Argument(each) if isinstance(each, torch.Tensor) else each for each in arguments]
+    kernel = _run(self, *described, grid=grid, warmup=True, **named)
+    CudaLauncher(kernel.src, kernel.metadata)
+    return kernel

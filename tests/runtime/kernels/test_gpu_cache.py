@@ -1,0 +1,64 @@
+"""Kernels compiled without a GPU: where they go, that they are found again, that compilations are counted."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import runtime
+
+# Compiles a kernel unless it finds it, and says how many were compiled.
+COMPILE = """
+import sys
+import torch
+import triton
+from torch._subclasses.fake_tensor import FakeTensorMode
+from runtime.kernels.gpu import cache
+from runtime.kernels.gpu.activation import silu_mul
+from runtime.kernels.gpu.offline import compiling_for
+
+if sys.argv[1:] == ["image"]:
+    triton.knobs.cache.dir = str(cache.SHIPPED)
+with compiling_for(90), FakeTensorMode():
+    for rows in (1, 5, 64):
+        x = torch.empty(rows, 512, dtype=torch.bfloat16, device="cuda")
+        silu_mul(x, torch.empty(rows, 256, dtype=torch.bfloat16, device="cuda"))
+assert sum(cache.compiled().values()) == cache.num_compiled()
+print(*cache.compiled(), cache.num_compiled())
+"""
+
+pytestmark = pytest.mark.skipif(
+    not (shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")), reason="no C compiler"
+)
+
+
+def compile_in(site: Path, users_cache: Path, *arguments: str) -> str:
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(users_cache), "PYTHONPATH": str(site)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, *arguments],
+        cwd=site, env=environment, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_what_an_image_ships_is_found_wherever_the_image_has_it(tmp_path: Path) -> None:
+    built, shipped, users_cache = (tmp_path / name for name in ("built", "shipped", "cache"))
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(Path(runtime.__file__).parent, built / "runtime", ignore=ignored)
+    assert compile_in(built, users_cache, "image") == "_gated_kernel 1"
+    assert not users_cache.exists()
+    kept = {file.suffix for file in (built / "runtime/kernels/gpu/compiled").rglob("_gated_kernel.*")}
+    assert kept == {".cubin", ".json", ".source"}
+
+    built.rename(shipped)
+    for path in shipped.rglob("*"):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    assert compile_in(shipped, users_cache) == "0"
+    assert not list(users_cache.rglob("*.cubin"))
