@@ -1,0 +1,56 @@
+"""langchain's standard tests of a chat model, with its own OpenAI client against this server.
+
+They skip what a text model has no part in: images, sound and PDF files, as input and as results
+of tools (`test_image_inputs`, `test_audio_inputs`, `test_pdf_inputs`, `test_image_tool_message`,
+`test_pdf_tool_message`); the message format of another vendor (`test_anthropic_inputs`); and a
+measurement against recorded answers (`test_stream_time`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from langchain_core.language_models import BaseChatModel
+from langchain_openai import ChatOpenAI
+from langchain_tests.integration_tests import ChatModelIntegrationTests
+
+from tests.handler import scripted
+from tests.handler.conftest import MODEL, Server, starter
+
+for _member in vars(ChatModelIntegrationTests).values():
+    if inspect.iscoroutinefunction(_member):
+        # One event loop for all: the client keeps its connections from test to test.
+        pytest.mark.asyncio(loop_scope="module")(_member)
+
+
+@pytest.fixture(scope="module")
+def scripted_server(tiny_model: Path) -> Iterator[Server]:
+    with starter(tiny_model) as make:
+        yield make(prepare=scripted.prepare, chat_template=scripted.TEMPLATE)
+
+
+class TestChatModel(ChatModelIntegrationTests):
+    @pytest.fixture(autouse=True)
+    def _address(self, scripted_server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("OPENAI_API_BASE", f"{scripted_server.url}/v1")
+        monkeypatch.setenv("OPENAI_API_KEY", "none")
+
+    @property
+    def chat_model_class(self) -> type[BaseChatModel]:
+        return ChatOpenAI
+
+    @property
+    def chat_model_params(self) -> dict[str, Any]:
+        return {"model": MODEL, "stream_usage": True, "max_retries": 0}
+
+    @property
+    def supports_json_mode(self) -> bool:
+        return True
+
+    @property
+    def model_override_value(self) -> str:
+        return "alias"
