@@ -58,7 +58,10 @@ class Grammars:
             if found is not None:
                 self._compiled.move_to_end(grammar.source)
                 return found
-        found = self._compile(grammar.source)
+        try:
+            found = self._compile(grammar.source)
+        except Exception as error:  # nothing is promised, and no grammar may end the engine
+            found = f"it cannot be compiled: {error}"
         with self._keeping:
             self._compiled[grammar.source] = found
             while len(self._compiled) > _MAX_KEPT:

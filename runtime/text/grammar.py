@@ -20,6 +20,8 @@ Schema = dict[str, Any] | bool
 _WHITE_SPACE = r"[ ]|\n[ \t]{0,40}"
 # The formats of strings that llguidance knows. JSON Schema has any other one be a mere remark.
 _FORMATS = {"date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"}
+_ASCII = {"\\d": "0-9", "\\w": "0-9A-Za-z_", "\\s": " \\t\\n\\r\\f\\v"}
+_IN_LARK = {"/": "\\/", "\n": "\\n", "\\\n": "\\n", "\r": "\\r"}
 # Keywords whose values hold schemas by names, and those whose values are no schemas at all.
 _MAPS = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
 _DATA = {"const", "enum", "default", "examples"}
@@ -112,11 +114,21 @@ def literal(text: str) -> str:
 
 
 def _escaped(pattern: str) -> str:
-    """A regular expression as it may stand between the slashes of a Lark grammar."""
-    escaped, at = [], 0
+    """A regular expression as it may stand between the slashes of a Lark grammar.
+
+    Digits, letters and white space are those that every dialect of regular expressions means by `\\d`, `\\w`
+    and `\\s`, ASCII's, so that the answer also matches wherever the pattern is used again.
+    """
+    escaped, at, in_class = [], 0, False
     while at < len(pattern):
         step = 2 if pattern[at] == "\\" and at + 1 < len(pattern) else 1
         piece = pattern[at : at + step]
-        escaped.append({"/": "\\/", "\n": "\\n", "\\\n": "\\n", "\r": "\\r"}.get(piece, piece))
+        if piece in _ASCII:
+            piece = _ASCII[piece] if in_class else f"[{_ASCII[piece]}]"
+        elif piece == "[":
+            in_class = True
+        elif piece == "]":
+            in_class = False
+        escaped.append(_IN_LARK.get(piece, piece))
         at += step
     return "".join(escaped)

@@ -13,7 +13,6 @@ from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from pathlib import Path
 
-import jsonschema
 import numpy as np
 import pytest
 
@@ -138,7 +137,10 @@ SOURCES = {
 def check(kind: str, text: str) -> None:
     """Raise if a text is not what the grammar of this kind says."""
     if kind == "json":
-        jsonschema.validate(json.loads(text), PERSON)
+        found = json.loads(text)
+        assert set(found) == {"name", "age"}
+        assert len(found["name"]) <= 8
+        assert type(found["age"]) is int
     elif kind == "choice":
         assert text in ("yes", "yes, but", 'a "no"')
     elif kind == "lark":
