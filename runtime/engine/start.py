@@ -226,6 +226,9 @@ def start(
     if preparation.device == "cuda":
         importlib.import_module("runtime.engine.device_runner")  # with triton, while weights are on their way
     preparation.finish()
+    if ranks is not None and len(set(ranks.control.exchange(preparation.directory.name))) > 1:
+        # Nobody has to mend this: started again, they most likely find the same.
+        raise RuntimeError("The ranks have different versions of the model; it changed at its source.")
     device = preparation.device
     memory = _memory(preparation, config.world_size)
     engine, dtype = build_engine(

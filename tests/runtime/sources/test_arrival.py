@@ -39,11 +39,9 @@ def answer(tiny_model: Path) -> list[int]:
 
 
 @asynccontextmanager
-async def engine(source: str, cache_dir: Path) -> AsyncIterator[EngineClient]:
-    settings = EngineConfig(
-        model=spec(source), cache_dir=str(cache_dir), device="cpu", kv_cache_bytes=8 << 20
-    )
-    client = EngineClient(settings)
+async def engine(source: str, cache_dir: Path, **settings: Any) -> AsyncIterator[EngineClient]:
+    chosen = {"device": "cpu", "kv_cache_bytes": 8 << 20, **settings}
+    client = EngineClient(EngineConfig(model=spec(source), cache_dir=str(cache_dir), **chosen))
     life = asyncio.create_task(client.run())
     try:
         yield client
@@ -155,6 +153,30 @@ def test_after_kill_9_only_what_is_missing_comes_again(
 
     asyncio.run(test())
     held.release()
+
+
+@pytest.mark.parametrize("moves", [False, True])
+def test_ranks_have_one_version_and_fetch_it_once(
+    hub: HubServer, tiny_model: Path, cache_dir: Path, answer: list[int], moves: bool
+) -> None:
+    hub.add_repo("org/name", tiny_model)
+    files = {path.name: path.read_bytes() for path in tiny_model.iterdir()}
+
+    def move() -> None:
+        hub.add_repo("org/name", files | {"generation_config.json": b'{"top_k": 7}'})
+
+    if moves:  # between the first rank's question and the second's
+        hub.fail("/revision/main", pause=move)
+
+    async def test() -> None:
+        async with engine("hf://org/name", cache_dir, world_size=2) as client:
+            await client.wait_ready()
+            assert await answer_of(client) == answer
+            assert client.restarts == moves
+
+    asyncio.run(test())
+    if not moves:
+        assert hub.body_bytes("/storage/") == len(files[WEIGHTS])
 
 
 def test_a_source_that_is_not_there_is_named(hub: HubServer, cache_dir: Path) -> None:
