@@ -106,7 +106,8 @@ class ChatAnswer(BaseAnswer):
         added: dict[str, Any] = {}
         if said.reasoning:
             added["reasoning_content"] = said.reasoning
-        if said.content:
+        if said.content or not (said.reasoning or said.calls):
+            # Also where there is none: many a client prints the content of every event, the last one's too.
             added["content"] = said.content
         if said.calls:
             added["tool_calls"] = [_call_delta(piece, reply) for piece in said.calls]

@@ -49,7 +49,7 @@ def test_stream_format(server: Server) -> None:
     assert all(event["choices"][0]["finish_reason"] is None for event in middle)
     assert last["choices"][0] | {"index": 0} == {
         "index": 0,
-        "delta": {},
+        "delta": {"content": ""},
         "logprobs": None,
         "finish_reason": "stop",
         "stop_reason": None,
