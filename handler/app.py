@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import sys
 import traceback
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -14,12 +14,15 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from handler import idle, lifecycle, sleeping, ui
 from handler.access_log import Recorded, write_line
 from handler.asgi import ClientGone
 from handler.auth import BearerAuth
+from handler.by_model import ByModel
 from handler.exposition import CONTENT_TYPE, exposition
+from handler.fleet import Fleet
 from handler.limits import HeaderLimits
 from handler.openai.chat import ChatCompletions
 from handler.openai.completions import Completions
@@ -38,13 +41,18 @@ from runtime.client import EngineClient, EngineUnavailable
 
 
 def create_app(
-    client: EngineClient, settings: ServerSettings, end: Callable[[], None] = lambda: None
+    client: EngineClient,
+    settings: ServerSettings,
+    end: Callable[[], None] = lambda: None,
+    others: Sequence[ServerSettings] = (),
 ) -> Starlette:
-    """The application that serves one model through `client`, which its lifespan runs and closes.
+    """The application that serves a model through `client`, which its lifespan runs and closes.
 
-    `end` is called when nobody has come for so long that the server is to end.
+    `end` is called when nobody has come for so long that the server is to end. `others` are further models,
+    whose engines are started when they are first asked for.
     """
     service = Service(client, settings)
+    fleet = Fleet([service, *(Service(EngineClient(other.engine), other) for other in others)])
     observers = [write_line] if settings.access_log else []
     if service.tracing is not None:
         observers.append(service.tracing.observe)
@@ -53,14 +61,14 @@ def create_app(
         middleware.append(Middleware(BearerAuth, keys=settings.api_keys))
     app = Starlette(
         routes=[
-            Route("/v1/chat/completions", Endpoint(service, ChatCompletions(service)), methods=["POST"]),
-            Route("/v1/completions", Endpoint(service, Completions(service)), methods=["POST"]),
-            Route("/v1/responses", Endpoint(service, Responses(service)), methods=["POST"]),
+            _post("/v1/chat/completions", fleet, lambda service: Endpoint(service, ChatCompletions(service))),
+            _post("/v1/completions", fleet, lambda service: Endpoint(service, Completions(service))),
+            _post("/v1/responses", fleet, lambda service: Endpoint(service, Responses(service))),
             Route("/v1/embeddings", refuse_embeddings, methods=["POST"]),
             Route("/v1/models", list_models),
             Route("/v1/models/{id:path}", show_model),
-            Route("/tokenize", Tokenize(service), methods=["POST"]),
-            Route("/detokenize", Detokenize(service), methods=["POST"]),
+            _post("/tokenize", fleet, Tokenize),
+            _post("/detokenize", fleet, Detokenize),
             Route("/sleep", sleeping.sleep, methods=["POST"]),
             Route("/wake", sleeping.wake, methods=["POST"]),
             Route("/openapi.json", show_openapi),
@@ -84,19 +92,27 @@ def create_app(
         lifespan=_lifespan,
     )
     app.state.service = service
+    app.state.fleet = fleet
     app.state.end = end
     return app
+
+
+def _post(path: str, fleet: Fleet, endpoint: Callable[[Service], ASGIApp]) -> Route:
+    """A route to the endpoint of the model that a request names."""
+    endpoints = [endpoint(service) for service in fleet.services]
+    return Route(path, endpoints[0] if len(endpoints) == 1 else ByModel(fleet, endpoints), methods=["POST"])
 
 
 @contextlib.asynccontextmanager
 async def _lifespan(app: Starlette) -> AsyncIterator[None]:
     service: Service = app.state.service
-    client = service.client
-    engine = asyncio.create_task(client.run())
+    fleet: Fleet = app.state.fleet
+    clients = [each.client for each in fleet.services]
+    engines = [asyncio.create_task(client.run(at_once=client is service.client)) for client in clients]
     beside = [
         asyncio.create_task(service.text.warm_up()),
-        asyncio.create_task(lifecycle.report_start(client, service.admission)),
-        asyncio.create_task(idle.watch(service, app.state.end)),
+        asyncio.create_task(lifecycle.report_start(service.client, service.admission)),
+        asyncio.create_task(idle.watch(fleet.services, app.state.end)),
     ]
     try:
         yield
@@ -104,10 +120,13 @@ async def _lifespan(app: Starlette) -> AsyncIterator[None]:
         for task in beside:
             task.cancel()
         # While it loads, the engine has nothing to finish, and would not even hear the request.
-        await client.close(service.settings.drain_seconds if lifecycle.is_ready(client) else 0)
-        await asyncio.gather(engine, *beside, return_exceptions=True)
-        if service.tracing is not None:
-            await asyncio.to_thread(service.tracing.close)
+        grace = service.settings.drain_seconds
+        closing = [client.close(grace if lifecycle.is_ready(client) else 0) for client in clients]
+        await asyncio.gather(*closing)
+        await asyncio.gather(*engines, *beside, return_exceptions=True)
+        for each in fleet.services:
+            if each.tracing is not None:
+                await asyncio.to_thread(each.tracing.close)
 
 
 async def live(request: Request) -> Response:
@@ -136,7 +155,11 @@ def _health(request: Request, good: bool) -> Response:
 async def status(request: Request) -> Response:
     """GET /status: the state, start marks, memory and queue."""
     service: Service = request.app.state.service
-    return JSONResponse(lifecycle.status(service.client, service.model, service.admission))
+    fleet: Fleet = request.app.state.fleet
+    body = lifecycle.status(service.client, service.model, service.admission)
+    if len(fleet.services) > 1:
+        body["models"] = {each.model: lifecycle.health(each.client) for each in fleet.services}
+    return JSONResponse(body)
 
 
 async def show_version(request: Request) -> Response:
@@ -146,7 +169,7 @@ async def show_version(request: Request) -> Response:
 
 async def show_metrics(request: Request) -> Response:
     """GET /metrics: Prometheus' text format."""
-    return Response(exposition(request.app.state.service), media_type=CONTENT_TYPE)
+    return Response(exposition(request.app.state.fleet.services), media_type=CONTENT_TYPE)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

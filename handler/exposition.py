@@ -7,7 +7,7 @@ when somebody first looks, and only writes the figures down.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
 from runtime.client import State
@@ -20,24 +20,41 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _LABELS = ["model_name", "engine"]
 
 
-def exposition(service: Service) -> bytes:
-    """The figures in Prometheus' text format."""
+def exposition(services: Sequence[Service]) -> bytes:
+    """The figures of all models in Prometheus' text format."""
     from prometheus_client import CollectorRegistry, generate_latest
 
     registry = CollectorRegistry()
-    registry.register(_Collector(service))
+    registry.register(_Collector(services))
     return generate_latest(registry)
 
 
 class _Collector:
-    def __init__(self, service: Service) -> None:
+    def __init__(self, services: Sequence[Service]) -> None:
+        self._models = [_Model(service, is_alone=len(services) == 1) for service in services]
+
+    def describe(self) -> list[Any]:
+        return []
+
+    def collect(self) -> Iterator[Any]:
+        families: dict[str, Any] = {}
+        for model in self._models:
+            for family in model.collect():
+                known = families.setdefault(family.name, family)
+                if known is not family:
+                    known.samples.extend(family.samples)
+        yield from families.values()
+
+
+class _Model:
+    """The figures of one model. Where there are others, this server's own are told apart by its name."""
+
+    def __init__(self, service: Service, is_alone: bool) -> None:
         self.service = service
         self.metrics = service.metrics
         self.client = service.client
         self._labels = [service.model, "0"]
-
-    def describe(self) -> list[Any]:
-        return []
+        self._own: dict[str, str] = {} if is_alone else {"model_name": service.model}
 
     def collect(self) -> Iterator[Any]:
         yield from self._counts()
@@ -108,16 +125,12 @@ class _Collector:
     # ---- what is this server's own -------------------------------------------------------------
 
     def _handler(self) -> Iterator[Any]:
-        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-
-        responses = CounterMetricFamily(
-            "firstlight_http_responses", "Answers by route and status.", labels=["route", "status"]
-        )
+        responses = self._own_counter("http_responses", "Answers by route and status.", "route", "status")
         for (route, status), count in self.metrics.responses.items():
-            responses.add_metric([route, status], count)
+            responses.add_metric([*self._own.values(), route, status], count)
         yield responses
         text = "Sequences that wait for their first token."
-        yield GaugeMetricFamily("firstlight_num_requests_queued", text, value=self.service.admission.waiting)
+        yield self._own_gauge("num_requests_queued", text, {(): self.service.admission.waiting})
         client = self.client
         for name, text, total in (
             ("client_disconnects", "Clients that left before their answer ended.", self.metrics.disconnects),
@@ -126,29 +139,39 @@ class _Collector:
             ("engine_sleeps", "How often the engine has fallen asleep.", client.sleeps),
             ("engine_wakes", "How often the engine has woken.", client.wakes),
         ):
-            yield CounterMetricFamily(f"firstlight_{name}", text, value=total)
+            counter = self._own_counter(name, text)
+            counter.add_metric([*self._own.values()], total)
+            yield counter
         if client.wake_seconds is not None:
             text = "How long the engine took to wake, the last time."
-            yield GaugeMetricFamily("firstlight_wake_seconds", text, value=client.wake_seconds)
+            yield self._own_gauge("wake_seconds", text, {(): client.wake_seconds})
 
     def _start(self) -> Iterator[Any]:
-        from prometheus_client.core import GaugeMetricFamily
-
         text = "1 for the state that the engine is in."
-        state = GaugeMetricFamily("firstlight_state", text, labels=["state"])
-        for name in get_args(State):
-            state.add_metric([name], float(self.client.state == name))
-        yield state
+        states = {(name,): float(self.client.state == name) for name in get_args(State)}
+        yield self._own_gauge("state", text, states, "state")
         text = "When the start reached each mark, from execution."
-        marks = GaugeMetricFamily("firstlight_start_mark_seconds", text, labels=["mark"])
-        for name, seconds in self.client.marks.items():
-            marks.add_metric([name], seconds)
-        yield marks
+        marks = {(name,): seconds for name, seconds in self.client.marks.items()}
+        yield self._own_gauge("start_mark_seconds", text, marks, "mark")
         if self.client.info is not None:
             for name, count in self.client.info.counters.items():
-                yield GaugeMetricFamily(f"firstlight_start_{name}", "Counted during the start.", value=count)
+                yield self._own_gauge(f"start_{name}", "Counted during the start.", {(): count})
 
     # ---- families ------------------------------------------------------------------------------
+
+    def _own_counter(self, name: str, text: str, *labels: str) -> Any:
+        from prometheus_client.core import CounterMetricFamily
+
+        return CounterMetricFamily(f"firstlight_{name}", text, labels=[*self._own, *labels])
+
+    def _own_gauge(self, name: str, text: str, values: Mapping[Any, float], *labels: str) -> Any:
+        """Values by tuples of what the `labels` say."""
+        from prometheus_client.core import GaugeMetricFamily
+
+        family = GaugeMetricFamily(f"firstlight_{name}", text, labels=[*self._own, *labels])
+        for own, value in values.items():
+            family.add_metric([*self._own.values(), *own], value)
+        return family
 
     def _counter(self, name: str, text: str, value: float) -> Any:
         from prometheus_client.core import CounterMetricFamily

@@ -216,6 +216,27 @@ SERVER_FLAGS = (
         short=("--grace",),
     ),
     Flag(
+        "models",
+        str,
+        "further models, which requests may name and which are loaded when the first one does: named as for "
+        "--model, or `all` for every entry of models.yaml.",
+        "MODEL",
+        many=True,
+    ),
+    Flag(
+        "max-awake-models",
+        values.count,
+        "most of them that compute at a time; for another one, the one longest unused falls asleep (default: "
+        "1). For more than one on a GPU, set --kv-cache-memory-bytes so that they fit.",
+        "N",
+    ),
+    Flag(
+        "max-loaded-models",
+        values.count,
+        "most of them that are awake or asleep; for another one, the one longest unused leaves (default: 4).",
+        "N",
+    ),
+    Flag(
         "idle-sleep-s",
         values.number(0, 1e8),
         "after so many seconds without a request, sleep: free the device's memory and keep the weights in "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from handler.service import Service
 
@@ -11,22 +11,24 @@ from handler.service import Service
 _LATE_SECONDS = 0.25
 
 
-async def watch(service: Service, end: Callable[[], None]) -> None:
-    """For ever: let an engine that is idle for `idle_sleep_s` doze off; after `idle_exit_s`, call `end`.
+async def watch(services: Sequence[Service], end: Callable[[], None]) -> None:
+    """For ever: let engines that are idle for their `idle_sleep_s` doze off.
 
-    Time that the engine spends loading or waking does not count.
+    When all are idle for the first one's `idle_exit_s`, call `end`. Time that an engine spends loading or
+    waking does not count.
     """
-    client, settings, activity = service.client, service.settings, service.activity
-    limits = [limit for limit in (settings.idle_sleep_s, settings.idle_exit_s) if limit]
+    exit_s = services[0].settings.idle_exit_s
+    limits = [limit for limit in (exit_s, *(s.settings.idle_sleep_s for s in services)) if limit]
     if not limits:
         return
     while True:
         await asyncio.sleep(min(_LATE_SECONDS, *limits))
-        if client.state in ("loading", "waking"):
-            activity.restart()
-        idle = activity.idle_seconds()
-        if settings.idle_exit_s and idle >= settings.idle_exit_s:
+        for service in services:
+            if service.client.state in ("loading", "waking"):
+                service.activity.restart()
+            sleep_s = service.settings.idle_sleep_s
+            if sleep_s and service.activity.idle_seconds() >= sleep_s:
+                service.client.doze_off(level=1)
+        if exit_s and min(service.activity.idle_seconds() for service in services) >= exit_s:
             end()
             return
-        if settings.idle_sleep_s and idle >= settings.idle_sleep_s:
-            client.doze_off(level=1)

@@ -8,6 +8,7 @@ import gc
 import resource
 import socket
 import sys
+from collections.abc import Sequence
 from types import FrameType
 
 import uvicorn
@@ -28,8 +29,16 @@ _COLLECT_AFTER = 20_000
 _OPEN_FILES = 65_536
 
 
-def serve(client: EngineClient, settings: ServerSettings, sock: socket.socket) -> int:
-    """Serve until a signal or the engine's final failure; return the exit status."""
+def serve(
+    client: EngineClient,
+    settings: ServerSettings,
+    sock: socket.socket,
+    others: Sequence[ServerSettings] = (),
+) -> int:
+    """Serve until a signal or the engine's final failure; return the exit status.
+
+    `others` are further models, which are loaded when they are first asked for.
+    """
     allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _OPEN_FILES if most == resource.RLIM_INFINITY else min(most, _OPEN_FILES)
     if wanted > allowed != resource.RLIM_INFINITY:
@@ -40,7 +49,7 @@ def serve(client: EngineClient, settings: ServerSettings, sock: socket.socket) -
         server.should_exit = True
 
     config = uvicorn.Config(
-        create_app(client, settings, end),
+        create_app(client, settings, end, others),
         http=Connection,
         ws="none",
         loop="asyncio",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from handler.activity import Activity
 from handler.limits import Admission
@@ -13,10 +15,13 @@ from handler.textroom import TextRoom
 from handler.tracing import Tracing
 from runtime.client import EngineClient
 
+if TYPE_CHECKING:
+    from handler.fleet import Fleet
+
 
 @dataclass
 class Service:
-    """One served model."""
+    """One served model, alone or as one of a fleet."""
 
     client: EngineClient
     settings: ServerSettings
@@ -24,6 +29,7 @@ class Service:
     admission: Admission = field(init=False)
     metrics: Metrics = field(default_factory=Metrics)
     activity: Activity = field(default_factory=Activity)
+    fleet: Fleet | None = None
     tracing: Tracing | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -36,6 +42,10 @@ class Service:
     def model(self) -> str:
         """The name that answers carry."""
         return self.settings.served_model_names[0]
+
+    def place(self) -> AbstractAsyncContextManager[None]:
+        """Where a request stays while it needs the engine; others of a fleet make room for it first."""
+        return nullcontext() if self.fleet is None else self.fleet.place(self)
 
     def check_model(self, name: str | None) -> None:
         """Raise `ApiError` 404, naming the models that there are, if `name` is none of them."""

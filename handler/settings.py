@@ -19,6 +19,10 @@ from runtime.weights.sources.cache import default_cache_dir
 DEFAULT_MAX_QUEUE = 1024
 # What a Lambda function URL lets through, so that one limit holds on every platform.
 DEFAULT_MAX_REQUEST_BYTES = 6_000_000
+_OF_ONE_MODEL = {
+    *("model", "models", "revision", "served_model_name", "chat_template", "quantization"),
+    *("tensor_parallel_size", "trust_remote_code"),
+}
 _DTYPES = {"half": "float16", "float": "float32"}
 
 
@@ -39,6 +43,8 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     drain_seconds: float = 30.0
     idle_sleep_s: float = 0.0
     idle_exit_s: float = 0.0
+    max_awake_models: int = 1
+    max_loaded_models: int = 4
     access_log: bool = True
     otlp_traces_endpoint: str | None = None
 
@@ -54,12 +60,11 @@ def read_settings(given: Mapping[str, Any], environ: Mapping[str, str] = os.envi
     spec = model_spec(values)
     template = values.get("chat_template") or spec.chat_template
     engine = _engine_config(values, spec)
-    default_names = dict.fromkeys(filter(None, (values.get("model"), spec.id)))
     chosen = {
         name: values[name]
         for name in (
             *("tool_call_parser", "reasoning_parser"),
-            *("max_queue", "max_request_bytes", "drain_seconds"),
+            *("max_queue", "max_request_bytes", "drain_seconds", "max_awake_models", "max_loaded_models"),
             *("access_log", "otlp_traces_endpoint"),
         )
         if name in values
@@ -67,11 +72,36 @@ def read_settings(given: Mapping[str, Any], environ: Mapping[str, str] = os.envi
     idle = {name: values.get(name, getattr(spec, name)) for name in ("idle_sleep_s", "idle_exit_s")}
     return ServerSettings(
         engine=engine,
-        served_model_names=tuple(values.get("served_model_name") or default_names),
+        served_model_names=default_names(values, spec),
         chat_template=read_template(template) if template else None,
         api_keys=_api_keys(values),
         **chosen,
         **idle,
+    )
+
+
+def read_others(given: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> list[ServerSettings]:
+    """The same for the further models of --models; flags about one model are about the first."""
+    values = collect(given, SERVE_FLAGS, environ)
+    catalogue, default = read_catalogue(values), model_spec(values)
+    names = values.get("models", [])
+    if "all" in names:
+        names = list(catalogue.models)
+    shared = {name: value for name, value in values.items() if name not in _OF_ONE_MODEL}
+    ids = dict.fromkeys(catalogue.resolve(name).id for name in names)
+    others = [read_settings({**shared, "model": id_}, {}) for id_ in ids if id_ != default.id]
+    taken = set(default_names(values, default))
+    for other in others:
+        if taken & set(other.served_model_names):
+            raise UsageError(f"two models are named {', '.join(taken & set(other.served_model_names))}")
+        taken |= set(other.served_model_names)
+    return others
+
+
+def default_names(values: Mapping[str, Any], spec: ModelSpec) -> tuple[str, ...]:
+    """What requests may call the model: as it is told, else as it was named, and its id."""
+    return tuple(
+        values.get("served_model_name") or dict.fromkeys(filter(None, (values.get("model"), spec.id)))
     )
 
 

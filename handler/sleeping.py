@@ -8,10 +8,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from handler import lifecycle
+from handler.fleet import Fleet
 from handler.limits import decode_json, read_body
 from handler.openai.schema import SleepRequest, WakeRequest
 from handler.openai.strict import Strict, parse
-from handler.service import Service
 
 T = TypeVar("T", bound=Strict)
 
@@ -24,26 +24,27 @@ async def sleep(request: Request) -> Response:
     """
     level = request.query_params.get("level")
     asked = await _read(request, SleepRequest, {} if level is None else {"level": _number(level)})
-    service: Service = request.app.state.service
-    service.check_model(asked.model)
-    await service.client.sleep(asked.level)
-    return JSONResponse(lifecycle.health(service.client))
+    fleet: Fleet = request.app.state.fleet
+    client = fleet.find(asked.model).client
+    await client.sleep(asked.level)
+    return JSONResponse(lifecycle.health(client))
 
 
 async def wake(request: Request) -> Response:
     """Have the engine ready for requests; answered when it is."""
     asked = await _read(request, WakeRequest, {})
-    service: Service = request.app.state.service
-    service.check_model(asked.model)
+    fleet: Fleet = request.app.state.fleet
+    service = fleet.find(asked.model)
     service.activity.restart()
-    await service.client.wake()
+    async with service.place():
+        await service.client.wake()
     return JSONResponse(lifecycle.health(service.client))
 
 
 async def _read(request: Request, model: type[T], otherwise: dict[str, Any]) -> T:
     """The body, which may be left out."""
-    service: Service = request.app.state.service
-    body = await read_body(request.scope, request.receive, service.settings.max_request_bytes)
+    fleet: Fleet = request.app.state.fleet
+    body = await read_body(request.scope, request.receive, fleet.default.settings.max_request_bytes)
     return parse(model, await decode_json(body) if body else otherwise)
 
 

@@ -64,10 +64,11 @@ def run(given: dict[str, Any]) -> int:
         listening = marks.since_exec()
 
         # Clients can connect from here on. Next comes the engine, which takes longest, then what serves.
-        from handler.settings import read_settings
+        from handler.settings import read_others, read_settings
         from runtime.client import EngineClient
 
         settings = read_settings(values)
+        others = read_others(values) if "models" in values or os.environ.get("FIRSTLIGHT_MODELS") else []
         client = EngineClient(settings.engine)
         client.spawn()
         client.marks["listen"] = listening
@@ -81,7 +82,7 @@ def run(given: dict[str, Any]) -> int:
 
         from handler.server import serve
 
-        return serve(client, settings, sock)
+        return serve(client, settings, sock, others)
 
 
 def address(given: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> tuple[str, int]:

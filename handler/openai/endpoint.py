@@ -113,8 +113,9 @@ class Endpoint:
         reassuring = asyncio.create_task(self._reassure(events)) if answer.stream else None
         sequences: list[Sequence] = []
         try:
-            sequences = await answer.prepare()
-            await self._generate(answer, sequences, ticket, events, record, reassuring)
+            async with self.service.place():
+                sequences = await answer.prepare()
+                await self._generate(answer, sequences, ticket, events, record, reassuring)
             if answer.stream:
                 await events.end(answer.last())
             else:

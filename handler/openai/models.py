@@ -8,6 +8,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from handler.fleet import Fleet
 from handler.service import Service
 
 _created = int(time.time())
@@ -15,17 +16,16 @@ _created = int(time.time())
 
 async def list_models(request: Request) -> Response:
     """Every name that requests may use."""
-    service: Service = request.app.state.service
-    data = [_describe(service, name) for name in service.settings.served_model_names]
+    fleet: Fleet = request.app.state.fleet
+    data = [_describe(fleet.find(name), name) for name in fleet.names]
     return JSONResponse({"object": "list", "data": data})
 
 
 async def show_model(request: Request) -> Response:
     """One of them."""
-    service: Service = request.app.state.service
+    fleet: Fleet = request.app.state.fleet
     name: str = request.path_params["id"]
-    service.check_model(name)
-    return JSONResponse(_describe(service, name))
+    return JSONResponse(_describe(fleet.find(name), name))
 
 
 def _describe(service: Service, name: str) -> dict[str, Any]:

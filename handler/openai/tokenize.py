@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from contextlib import nullcontext
 from typing import Any
 
 import msgspec
@@ -37,7 +38,10 @@ class _JsonEndpoint:
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             raw = await read_body(scope, receive, self.service.settings.max_request_bytes)
-            answer = msgspec.json.encode(await self.answer(await decode_json(raw)))
+            # The text side is there for good once the engine was started for the first time.
+            is_cold = self.service.client.state == "cold"
+            async with self.service.place() if is_cold else nullcontext():
+                answer = msgspec.json.encode(await self.answer(await decode_json(raw)))
         except ClientGone:
             return
         except Exception as error:
