@@ -138,7 +138,7 @@ class FakeEngine:
     def spawn(self) -> None:
         self.state = "loading"
 
-    async def run(self) -> None:
+    async def run(self, at_once: bool = True) -> None:
         self.loop = asyncio.get_running_loop()
         await asyncio.Event().wait()
 
