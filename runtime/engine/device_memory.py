@@ -11,6 +11,7 @@ import ctypes
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 
 import torch
 
@@ -23,6 +24,8 @@ from runtime.weights.virtual_memory import VirtualMemory
 
 _ALLOCATE = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
 _FREE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
+# torch keeps the bare addresses of a pool's functions, and calls them as long as the process lives.
+_functions: list[object] = []
 # What must be left of the host's memory beside a copy of the weights.
 _HOST_RESERVE_BYTES = 2 << 30
 
@@ -31,30 +34,35 @@ class Pool:
     """torch's allocations within `use`, in memory that can be given back and taken anew."""
 
     def __init__(self, driver: Driver) -> None:
-        self._driver = driver
         self.regions: dict[int, VirtualMemory] = {}
-        # torch keeps the bare addresses of these functions, so they must live as long as the pool.
-        self._functions = _ALLOCATE(self._allocate), _FREE(self._free)
-        allocate, free = (ctypes.cast(function, ctypes.c_void_p).value or 0 for function in self._functions)
+        functions = _ALLOCATE(partial(_allocate, driver, self.regions)), _FREE(partial(_free, self.regions))
+        _functions.extend(functions)
+        allocate, free = (ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions)
         self._allocator = torch._C._cuda_customAllocator(allocate, free)
         self._pool = torch.cuda.MemPool(self._allocator)
-
-    def _allocate(self, num_bytes: int, device: int, stream: int | None) -> int | None:
-        try:
-            region = VirtualMemory(self._driver, num_bytes)
-        except CudaError:
-            return None  # torch says that memory is short, and how much there is
-        self.regions[region.address] = region
-        return region.address
-
-    def _free(self, address: int, num_bytes: int, device: int, stream: int | None) -> None:
-        self.regions.pop(address).close()
 
     @contextmanager
     def use(self) -> Iterator[None]:
         """What this thread allocates on the device meanwhile lies in the pool."""
         with torch.cuda.use_mem_pool(self._pool):
             yield
+
+
+def _allocate(
+    driver: Driver, regions: dict[int, VirtualMemory], num_bytes: int, device: int, stream: int | None
+) -> int | None:
+    try:
+        region = VirtualMemory(driver, num_bytes)
+    except CudaError:
+        return None  # torch says that memory is short, and how much there is
+    regions[region.address] = region
+    return region.address
+
+
+def _free(
+    regions: dict[int, VirtualMemory], address: int, num_bytes: int, device: int, stream: int | None
+) -> None:
+    regions.pop(address).close()
 
 
 class DeviceMemory:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import weakref
 from collections.abc import Iterator, Sequence
 
 from runtime.weights.cuda_driver import Driver
@@ -81,6 +82,8 @@ class _Part:
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         _libc.madvise(self._address, num_bytes, _MADV_POPULATE_WRITE)
         driver.call("cuMemHostRegister_v2", ctypes.c_void_p(self._address), ctypes.c_size_t(num_bytes), 0)
+        self._unpin = weakref.finalize(self, _unpin, driver, self._memory, self._address)
+        self._unpin.atexit = False  # the driver may be gone by then
         for target, source, size in self._placed():
             driver.download(target, source, size, stream)
         driver.call("cuStreamSynchronize", stream)
@@ -100,5 +103,10 @@ class _Part:
 
     def close(self) -> None:
         if self._memory is not None:
-            self._driver.call("cuMemHostUnregister", ctypes.c_void_p(self._address))
+            self._unpin()
             self._memory = None
+
+
+def _unpin(driver: Driver, memory: mmap.mmap, address: int) -> None:
+    """Before the memory itself goes; if others got its addresses, they could not be pinned."""
+    driver.call("cuMemHostUnregister", ctypes.c_void_p(address))

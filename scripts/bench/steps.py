@@ -70,7 +70,7 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
 def make_engine(folder: Path) -> Engine:
     from runtime.engine.start import start
 
-    engine, _ = start(
+    engine, *_ = start(
         engine_config(folder, {"device": "cuda", "enable_prefix_caching": False}), lambda _: None
     )
     return engine
