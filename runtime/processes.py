@@ -133,17 +133,20 @@ def start_engine(config: EngineConfig) -> list[EngineProcess]:
         rank = place.first + number
         own = msgspec.structs.replace(config, rank=rank)
         processes.append(
-            EngineProcess(own, {**environment, **meeting, **_device(number)}, listener if rank == 0 else None)
+            EngineProcess(
+                own,
+                {**environment, **meeting, **_devices(number, place.count)},
+                listener if rank == 0 else None,
+            )
         )
     if listener is not None:
         listener.close()
     return processes
 
 
-def _device(number: int) -> dict[str, str]:
-    """The one GPU that a host's rank of this number sees, of those that this process may use."""
+def _devices(number: int, count: int) -> dict[str, str]:
+    """The GPUs that a host's rank of this number sees: its own first, then those it shares memory with."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return {"CUDA_VISIBLE_DEVICES": str(number)}
-    devices = [device for device in visible.split(",") if device]
-    return {"CUDA_VISIBLE_DEVICES": devices[number] if number < len(devices) else ""}
+    devices = [str(n) for n in range(count)] if visible is None else [d for d in visible.split(",") if d]
+    own = devices[number : number + 1]
+    return {"CUDA_VISIBLE_DEVICES": ",".join([*own, *(d for d in devices[:count] if own and d not in own)])}

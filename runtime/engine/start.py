@@ -222,7 +222,7 @@ def start(
         from runtime.parallel.group import enter
 
         preparation.meet()
-        group = enter(ranks, preparation.device, _PATIENCE * config.stuck_after_s)
+        group = enter(ranks, preparation.driver, _PATIENCE * config.stuck_after_s)
     if preparation.device == "cuda":
         importlib.import_module("runtime.engine.device_runner")  # with triton, while weights are on their way
     preparation.finish()

@@ -96,13 +96,16 @@ class Decoder:
         group: Group | None = None,
     ) -> None:
         self.config = config if group is None else config.of_rank(group.world_size)
+        if group is not None:
+            group.prepare(config.hidden_size, dtype)
         self.max_model_len = max_model_len
         self.embedding = Embedding(config, weights["embedding"][0], dtype, group)
         # A CPU's tapes hold no exchange with other ranks.
         self.capturable = group is None or self.embedding.table.is_cuda
         self.layers = _layers(config, weights, max_model_len, self.embedding.table.device, group)
-        last_group = self.layers[-1].mlp_norm.group
-        self.norm = RMSNorm(config, weights, "norm", last_group)
+        # Where norms add up the ranks' parts, they are what the residual stream comes from.
+        self.group = self.layers[-1].mlp_norm.group
+        self.norm = RMSNorm(config, weights, "norm", self.group)
         self.head = Head(config, weights, group)
         self.log_n: torch.Tensor | None = None
         if config.log_n_length is not None and config.log_n_length < max_model_len:
@@ -136,7 +139,8 @@ class Decoder:
         x = layer.attend(x, residual, batch, query_scale, layer_cache)
         if batch.logits_rows is not None and batch.logits_rows.shape[0] < residual.shape[0]:
             # Past the last layer's attention, only the rows whose next token is wanted matter.
-            x, residual = x[batch.logits_rows], residual[batch.logits_rows]
+            rows = batch.logits_rows
+            x, residual = x[rows], residual[rows] if self.group is None else self.group.whole(residual, rows)
         if not residual.shape[0]:
             return residual.new_empty((0, self.config.vocab_size), dtype=torch.float32)
         x = layer.transform(x, residual)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._C import _distributed_c10d as c10d
@@ -15,6 +15,9 @@ from torch._C import _distributed_c10d as c10d
 from runtime.kernels.norm import add_rms_norm
 from runtime.parallel.control import listen
 from runtime.parallel.ranks import Ranks
+
+if TYPE_CHECKING:
+    from runtime.parallel.peers import Driver
 
 
 class Group:
@@ -24,7 +27,7 @@ class Group:
     """
 
     def __init__(self, backend: Any, rank: int, world_size: int) -> None:
-        self._backend = backend
+        self.backend = backend
         self.rank = rank
         self.world_size = world_size
         self._sum, self._least = c10d.AllreduceOptions(), c10d.AllreduceOptions()
@@ -33,10 +36,13 @@ class Group:
         # On a GPU, in the stream that asks, so that there is nothing to wait for.
         self._sum.asyncOp = self._least.asyncOp = False
 
+    def prepare(self, hidden_size: int, dtype: torch.dtype) -> None:
+        """Get ready for sums of rows of that width; all ranks must do this together, before the first."""
+
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """x becomes the sum of all ranks' x, which have the same shape; returns it."""
         if x.numel():
-            self._wait(self._backend.allreduce([x], self._sum))
+            self._wait(self.backend.allreduce([x], self._sum))
         return x
 
     def add_rms_norm(
@@ -45,19 +51,23 @@ class Group:
         """As `kernels.norm.add_rms_norm` with the sum of all ranks' x; residual is the same everywhere."""
         return add_rms_norm(self.all_reduce(x), residual, weight, eps)
 
+    def whole(self, residual: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Some rows of the residual stream, the same everywhere, after `add_rms_norm`; rows [R]."""
+        return residual[rows]
+
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """x [R, n] of each rank -> [R, world_size * n], rank by rank along the second axis."""
         rows, width = x.shape
         found = x.new_empty((self.world_size * rows, width))
         if x.numel():
-            self._wait(self._backend._allgather_base(found, x.contiguous()))
+            self._wait(self.backend._allgather_base(found, x.contiguous()))
         return found.view(self.world_size, rows, width).transpose(0, 1).reshape(rows, -1)
 
     def least(self, value: int) -> int:
         """The smallest of all ranks' values."""
-        device = "cuda" if self._backend.name() == "nccl" else "cpu"
+        device = "cuda" if self.backend.name() == "nccl" else "cpu"
         held = torch.tensor([value], dtype=torch.int64, device=device)
-        self._wait(self._backend.allreduce([held], self._least))
+        self._wait(self.backend.allreduce([held], self._least))
         return int(held.item())
 
     @staticmethod
@@ -66,16 +76,22 @@ class Group:
             work.wait()
 
 
-def enter(ranks: Ranks, device: str, timeout_s: float) -> Group:
-    """Join the group on `cpu` or `cuda`; what takes the others longer than `timeout_s` is an error.
+def enter(ranks: Ranks, driver: Driver | None, timeout_s: float) -> Group:
+    """Join the group, on a GPU if there is its `driver`, else on the CPU. All ranks must do this together.
 
-    All ranks must do this together.
+    What takes the others longer than `timeout_s` is an error.
     """
     store = _store(ranks, timedelta(seconds=timeout_s))
     interface = "lo" if ranks.meeting.local else None
     # Who does not know the token does not find the keys.
     keys = c10d.PrefixStore(ranks.meeting.token, store)
-    return connect(keys, ranks.rank, ranks.world_size, device, timeout_s, interface)
+    device = "cpu" if driver is None else "cuda"
+    group = connect(keys, ranks.rank, ranks.world_size, device, timeout_s, interface)
+    if driver is None or not ranks.meeting.local:
+        return group
+    from runtime.parallel.peers import PeerGroup
+
+    return PeerGroup(group.backend, ranks, driver)
 
 
 def _store(ranks: Ranks, timeout: timedelta) -> c10d.Store:

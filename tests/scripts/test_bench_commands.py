@@ -22,7 +22,7 @@ def bench(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
 
-@pytest.mark.parametrize("name", [*REPORTS, "http_cost", "make_model", "reference"])
+@pytest.mark.parametrize("name", [*REPORTS, "all_reduce", "http_cost", "make_model", "reference"])
 def test_help_shows_how_to_run_it(name: str) -> None:
     done = bench(name, "--help")
     assert done.returncode == 0

@@ -1,0 +1,296 @@
+"""Sums over the GPUs of a group, by writing into each other's memory, fused with what follows them.
+
+Every rank has an inbox that the others write to over NVLink. What is written there is its own signal: an
+inbox is filled with a mark, negative zero, which is never sent, and whoever waits for a row reads it until no
+mark is left in it. So there are no flags, no fences, and one way over the link. (The idea is that of the
+"Lamport" all-reduces in NVIDIA's TensorRT-LLM.)
+
+A row of an inbox has three slots, which take turns. With its turn t a row is written to slot t, and slot
+t - 1 is filled with marks again; it will be written to at turn t + 2. By then everyone has had this rank's
+row of turn t + 1, which it sends in a kernel after the one that filled the slot. The turns are counted on
+the device, for each row, so that nothing of this depends on the host, or on a CUDA graph.
+
+Programs wait for programs of the same row on other GPUs. All begin with the first rows, so the first row that
+is not through is under way everywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+SLOTS = 3
+_SLOTS = tl.constexpr(SLOTS)
+
+
+@dataclass(frozen=True, slots=True)
+class Inboxes:
+    """All ranks' inboxes for sums of up to `max_rows` rows of `hidden_size` elements of `dtype` (16 bits).
+
+    `addresses` [world_size] int64 are where they begin, in this rank's address space, and `turns` [max_rows]
+    int32 is where this rank's rows are in taking turns. All inboxes are filled with marks to begin with.
+    """
+
+    addresses: torch.Tensor
+    turns: torch.Tensor
+    rank: int
+    max_rows: int
+    hidden_size: int
+    dtype: torch.dtype
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks there are."""
+        return int(self.addresses.shape[0])
+
+
+def one_shot_elements(world_size: int, max_rows: int, hidden_size: int) -> int:
+    """The size of an inbox for `one_shot`: each rank's rows in each slot."""
+    return SLOTS * world_size * max_rows * hidden_size
+
+
+def two_shot_elements(max_rows: int, hidden_size: int) -> int:
+    """The size of an inbox for `two_shot`: each rank's part of the own rows, and all rows' results."""
+    return SLOTS * 2 * max_rows * hidden_size
+
+
+def fill_with_marks(inbox: torch.Tensor) -> None:
+    """Make an inbox ready, before anybody writes to it."""
+    inbox.fill_(-0.0)
+
+
+def one_shot(
+    x: torch.Tensor,
+    inboxes: Inboxes,
+    out: torch.Tensor,
+    norm: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+) -> torch.Tensor:
+    """The sum of all ranks' x to out or, with `norm`, what follows from it: every rank reads all of it.
+
+    x, out  [m, hidden_size], m <= max_rows
+    norm    residual [m, hidden_size], weight [hidden_size], eps: residual += sum;
+            out = residual / rms(residual) * weight
+
+    Every rank adds in the same order, in float32, so that all get the same bits. Returns out.
+    """
+    m, hidden_size = x.shape
+    block = triton.next_power_of_2(hidden_size)
+    residual, weight, eps = norm or (x, x, 0.0)
+    _one_shot_kernel[(m,)](
+        x,
+        residual,
+        weight,
+        out,
+        inboxes.addresses,
+        inboxes.turns,
+        eps,
+        inboxes.rank,
+        inboxes.max_rows,
+        WORLD_SIZE=inboxes.world_size,
+        PADDED_SIZE=triton.next_power_of_2(inboxes.world_size),
+        HIDDEN_SIZE=hidden_size,
+        BLOCK=block,
+        NORM=norm is not None,
+        num_warps=_warps(block),
+    )
+    return out
+
+
+def two_shot(
+    x: torch.Tensor,
+    inboxes: Inboxes,
+    out: torch.Tensor,
+    norm: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+) -> torch.Tensor:
+    """Like `one_shot`, but row r is added up, and normed, by rank r % world_size alone, for everyone.
+
+    Only that rank's `residual` holds row r afterwards.
+    """
+    m, hidden_size = x.shape
+    block = triton.next_power_of_2(hidden_size)
+    residual, weight, eps = norm or (x, x, 0.0)
+    _two_shot_kernel[(m,)](
+        x,
+        residual,
+        weight,
+        out,
+        inboxes.addresses,
+        inboxes.turns,
+        eps,
+        inboxes.rank,
+        inboxes.max_rows,
+        WORLD_SIZE=inboxes.world_size,
+        PADDED_SIZE=triton.next_power_of_2(inboxes.world_size),
+        HIDDEN_SIZE=hidden_size,
+        BLOCK=block,
+        NORM=norm is not None,
+        num_warps=_warps(block),
+    )
+    return out
+
+
+def _warps(block: int) -> int:
+    """So many that each thread has one load of 16 bytes."""
+    return min(32, max(4, block // 256))
+
+
+@triton.jit
+def _inbox(addresses_ptr, rank, dtype: tl.constexpr):
+    # The compiler makes the widest loads and stores only of what it knows to be aligned.
+    return tl.multiple_of(tl.load(addresses_ptr + rank).to(tl.pointer_type(dtype)), 16)
+
+
+@triton.jit
+def _all_inboxes(addresses_ptr, peer, WORLD_SIZE: tl.constexpr, dtype: tl.constexpr):
+    """[ranks, 1] pointers, all loaded at once."""
+    addresses = tl.load(addresses_ptr + peer, peer < WORLD_SIZE, other=0)
+    return tl.multiple_of(addresses.to(tl.pointer_type(dtype)), [16, 16])
+
+
+@triton.jit
+def _sendable(x):
+    """x without the mark: negative zeros become positive ones."""
+    return tl.where(x == 0.0, 0.0, x).to(x.dtype)
+
+
+@triton.jit
+def _missing(values):
+    marks = (values.to(tl.int16, bitcast=True) == -32768).to(tl.int32)
+    return tl.max(tl.max(marks, 0), 0)
+
+
+@triton.jit
+def _sum_of_sent(pointers, mask):
+    """The sum of what is sent there, [ranks, BLOCK] -> [BLOCK] float32, once all of it has come."""
+    values = tl.load(pointers, mask, other=0.0, volatile=True)
+    while _missing(values) != 0:
+        values = tl.load(pointers, mask, other=0.0, volatile=True)
+    return tl.sum(values.to(tl.float32), 0)
+
+
+@triton.jit
+def _normed(total, residual, weight, residual_ptrs, mask, eps, HIDDEN_SIZE: tl.constexpr):
+    """residual += total, and the norm of that."""
+    residual = (residual.to(tl.float32) + total).to(residual.dtype)
+    tl.store(residual_ptrs, residual, mask)
+    wide = residual.to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(wide * wide, 0) / HIDDEN_SIZE + eps)
+    return wide * scale * weight.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["rank", "max_rows"])
+def _one_shot_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    out_ptr,
+    addresses_ptr,
+    turns_ptr,
+    eps,
+    rank,
+    max_rows,
+    WORLD_SIZE: tl.constexpr,
+    PADDED_SIZE: tl.constexpr,
+    HIDDEN_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    row = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    mask = column < HIDDEN_SIZE
+    here = row.to(tl.int64) * HIDDEN_SIZE + column
+    peer = tl.arange(0, PADDED_SIZE)[:, None]
+    all_mask = (peer < WORLD_SIZE) & mask[None, :]
+    dtype = x_ptr.dtype.element_ty
+    # Everything is loaded before anything is waited for.
+    turn = tl.load(turns_ptr + row)
+    inboxes = _all_inboxes(addresses_ptr, peer, WORLD_SIZE, dtype)
+    inbox = _inbox(addresses_ptr, rank, dtype)
+    x = tl.load(x_ptr + here, mask, other=0.0)
+    residual = tl.load(residual_ptr + here, mask, other=0.0)
+    weight = tl.load(weight_ptr + column, mask, other=0.0)
+    # A slot holds all rows of each rank.
+    part = max_rows.to(tl.int64) * HIDDEN_SIZE
+    to_send = tl.broadcast_to(_sendable(x)[None, :], (PADDED_SIZE, BLOCK))
+    tl.store(inboxes + ((turn * WORLD_SIZE + rank) * part + here)[None, :], to_send, all_mask)
+    sent = inbox + peer * part + here[None, :]
+    total = _sum_of_sent(sent + turn * WORLD_SIZE * part, all_mask)
+    if NORM:
+        total = _normed(total, residual, weight, residual_ptr + here, mask, eps, HIDDEN_SIZE)
+    tl.store(out_ptr + here, total, mask)
+    old = (turn + _SLOTS - 1) % _SLOTS
+    tl.store(sent + old * WORLD_SIZE * part, tl.full((PADDED_SIZE, BLOCK), -0.0, dtype), all_mask)
+    tl.store(turns_ptr + row, (turn + 1) % _SLOTS)
+
+
+@triton.jit(do_not_specialize=["rank", "max_rows"])
+def _two_shot_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    out_ptr,
+    addresses_ptr,
+    turns_ptr,
+    eps,
+    rank,
+    max_rows,
+    WORLD_SIZE: tl.constexpr,
+    PADDED_SIZE: tl.constexpr,
+    HIDDEN_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    row = tl.program_id(0)
+    owner = row % WORLD_SIZE
+    column = tl.arange(0, BLOCK)
+    mask = column < HIDDEN_SIZE
+    here = row.to(tl.int64) * HIDDEN_SIZE + column
+    dtype = x_ptr.dtype.element_ty
+    turn = tl.load(turns_ptr + row)
+    old = (turn + _SLOTS - 1) % _SLOTS
+    x = tl.load(x_ptr + here, mask, other=0.0)
+    # A slot holds each rank's part of the own rows, then the results of all rows.
+    part = (max_rows // WORLD_SIZE).to(tl.int64) * HIDDEN_SIZE
+    results = WORLD_SIZE * part
+    own = (row // WORLD_SIZE).to(tl.int64) * HIDDEN_SIZE + column
+    inbox = _inbox(addresses_ptr, rank, dtype)
+    if owner == rank:
+        peer = tl.arange(0, PADDED_SIZE)[:, None]
+        sent = inbox + peer * part + own[None, :]
+        others_mask = (peer < WORLD_SIZE) & (peer != rank) & mask[None, :]
+        inboxes = _all_inboxes(addresses_ptr, peer, WORLD_SIZE, dtype)
+        residual = tl.load(residual_ptr + here, mask, other=0.0)
+        weight = tl.load(weight_ptr + column, mask, other=0.0)
+        total = x.to(tl.float32) + _sum_of_sent(sent + turn * 2 * results, others_mask)
+        if NORM:
+            total = _normed(total, residual, weight, residual_ptr + here, mask, eps, HIDDEN_SIZE)
+        y = _sendable(total.to(dtype))
+        to_send = tl.broadcast_to(y[None, :], (PADDED_SIZE, BLOCK))
+        tl.store(inboxes + ((turn * 2 + 1) * results + here)[None, :], to_send, others_mask)
+        tl.store(out_ptr + here, y, mask)
+        tl.store(sent + old * 2 * results, tl.full((PADDED_SIZE, BLOCK), -0.0, dtype), others_mask)
+    else:
+        target = _inbox(addresses_ptr, owner, dtype) + turn * 2 * results
+        tl.store(target + rank * part + own, _sendable(x), mask)
+        result = inbox + results + here
+        normed = _sum_of_sent((result + turn * 2 * results)[None, :], mask[None, :])
+        tl.store(result + old * 2 * results, tl.full((BLOCK,), -0.0, dtype), mask)
+        tl.store(out_ptr + here, normed, mask)
+    tl.store(turns_ptr + row, (turn + 1) % _SLOTS)
+
+
+def all_reduce_torch(
+    parts: list[torch.Tensor], norm: tuple[torch.Tensor, torch.Tensor, float] | None = None
+) -> torch.Tensor:
+    """The plain twin of `one_shot` and `two_shot`, given all ranks' x."""
+    total = torch.stack([part.float() for part in parts]).sum(0)
+    if norm is None:
+        return total.to(parts[0].dtype)
+    residual, weight, eps = norm
+    residual.copy_(residual.float() + total)
+    wide = residual.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * scale * weight.float()).to(parts[0].dtype)

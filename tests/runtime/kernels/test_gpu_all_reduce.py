@@ -1,0 +1,93 @@
+"""Sums over ranks by writing into each other's memory: real processes, the kernels interpreted."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from runtime.kernels.gpu.all_reduce import (
+    Inboxes,
+    all_reduce_torch,
+    fill_with_marks,
+    one_shot,
+    one_shot_elements,
+    two_shot,
+    two_shot_elements,
+)
+
+if torch.cuda.is_available():
+    pytest.skip("tests/gpu has the real ones", allow_module_level=True)
+
+HIDDEN, EPS = 40, 1e-5
+# Rows of each call: every slot is used several times, by more rows and by fewer.
+CALLS = (3, 1, 8, 8, 2, 8, 5, 1, 1, 1)
+DTYPE = torch.float16
+
+
+def parts(call: int, world_size: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(call)
+    made = torch.randn((world_size, CALLS[call], HIDDEN), generator=generator).to(DTYPE)
+    made[:, :, ::7] = -0.0
+    return list(made)
+
+
+def in_processes(world_size: int, work: Callable[[int], None]) -> None:
+    """Run `work` for each rank in a fork of this process, which shares what is shared memory already."""
+
+    def one(rank: int) -> None:
+        try:
+            work(rank)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=one, args=(rank,)) for rank in range(world_size)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+        process.kill()
+    assert [process.exitcode for process in ranks] == [0] * world_size
+
+
+@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize("way", [one_shot, two_shot])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_every_rank_has_the_sum_of_all(
+    world_size: int, way: Callable[..., torch.Tensor], normed: bool
+) -> None:
+    elements = one_shot_elements(world_size, 8, HIDDEN) if way is one_shot else two_shot_elements(8, HIDDEN)
+    boxes = torch.empty((world_size, elements), dtype=DTYPE).share_memory_()
+    fill_with_marks(boxes)
+    outs = torch.zeros((world_size, len(CALLS), 8, HIDDEN), dtype=DTYPE).share_memory_()
+    residuals = torch.randn((1, 8, HIDDEN)).to(DTYPE).repeat(world_size, 1, 1).share_memory_()
+    weight = torch.rand(HIDDEN) + 0.5
+    expected_residual = residuals[0].clone()
+
+    def work(rank: int) -> None:
+        addresses = torch.tensor([box.data_ptr() for box in boxes])
+        turns = torch.zeros(8, dtype=torch.int32)
+        inboxes = Inboxes(addresses, turns, rank, 8, HIDDEN, DTYPE)
+        for call, rows in enumerate(CALLS):
+            norm = (residuals[rank, :rows], weight, EPS) if normed else None
+            way(parts(call, world_size)[rank], inboxes, outs[rank, call, :rows], norm)
+
+    in_processes(world_size, work)
+    for call, rows in enumerate(CALLS):
+        norm = (expected_residual[:rows], weight, EPS) if normed else None
+        expected = all_reduce_torch(parts(call, world_size), norm)
+        for rank in range(world_size):
+            torch.testing.assert_close(outs[rank, call, :rows], expected, atol=4e-3, rtol=4e-3)
+            assert torch.equal(outs[rank], outs[0])
+    if normed:
+        for row in range(8):
+            holders = [row % world_size] if way is two_shot else range(world_size)
+            for rank in holders:
+                torch.testing.assert_close(residuals[rank, row], expected_residual[row], atol=4e-3, rtol=4e-3)
