@@ -219,7 +219,7 @@ def start(
 
     group = None
     if ranks is not None:
-        from runtime.parallel.group import enter
+        from runtime.parallel.entry import enter
 
         preparation.meet()
         group = enter(ranks, preparation.driver, _PATIENCE * config.stuck_after_s)

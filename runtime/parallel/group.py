@@ -5,19 +5,12 @@ This is the plain way, through torch.distributed: gloo between CPUs, NCCL betwee
 
 from __future__ import annotations
 
-import os
-from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch._C import _distributed_c10d as c10d
 
 from runtime.kernels.norm import add_rms_norm
-from runtime.parallel.control import listen
-from runtime.parallel.ranks import Ranks
-
-if TYPE_CHECKING:
-    from runtime.parallel.peers import Driver
 
 
 class Group:
@@ -74,57 +67,3 @@ class Group:
     def _wait(work: c10d.Work | None) -> None:
         if work is not None:
             work.wait()
-
-
-def enter(ranks: Ranks, driver: Driver | None, timeout_s: float) -> Group:
-    """Join the group, on a GPU if there is its `driver`, else on the CPU. All ranks must do this together.
-
-    What takes the others longer than `timeout_s` is an error.
-    """
-    store = _store(ranks, timedelta(seconds=timeout_s))
-    interface = "lo" if ranks.meeting.local else None
-    # Who does not know the token does not find the keys.
-    keys = c10d.PrefixStore(ranks.meeting.token, store)
-    device = "cpu" if driver is None else "cuda"
-    group = connect(keys, ranks.rank, ranks.world_size, device, timeout_s, interface)
-    if driver is None or not ranks.meeting.local:
-        return group
-    from runtime.parallel.peers import PeerGroup
-
-    return PeerGroup(group.backend, ranks, driver)
-
-
-def _store(ranks: Ranks, timeout: timedelta) -> c10d.Store:
-    """Rank 0's store, on a port of its own, which the others hear of once it is served."""
-    address, size = ranks.meeting.address, ranks.world_size
-    if ranks.rank:
-        port = ranks.control.exchange(0)[0]
-        return c10d.TCPStore(address, port, size, timeout=timeout, wait_for_workers=False)
-    listener = listen(address)
-    port = listener.getsockname()[1]
-    store = c10d.TCPStore(
-        address, port, size, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach()
-    )
-    ranks.control.exchange(port)
-    return store
-
-
-def connect(
-    store: c10d.Store, rank: int, world_size: int, device: str, timeout_s: float, interface: str | None = "lo"
-) -> Group:
-    """The group of all ranks that share a store. They talk over a network interface, None for any."""
-    timeout = timedelta(seconds=timeout_s)
-    if device == "cuda":
-        if interface is not None:
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
-        settings = c10d.ProcessGroupNCCL.Options()
-        settings._timeout = timeout
-        return Group(c10d.ProcessGroupNCCL(store, rank, world_size, settings), rank, world_size)
-    options: Any = c10d.ProcessGroupGloo.__dict__["_Options"]()
-    options._timeout = timeout
-    if interface is None:
-        gloo = c10d.ProcessGroupGloo.create_default_device()
-    else:
-        gloo = c10d.ProcessGroupGloo.create_device(interface=interface)
-    options._devices = [gloo]
-    return Group(c10d.ProcessGroupGloo(store, rank, world_size, options), rank, world_size)

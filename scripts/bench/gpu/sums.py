@@ -12,7 +12,8 @@ from harness.report import progress
 
 from runtime.parallel import peers
 from runtime.parallel.control import Meeting
-from runtime.parallel.group import Group, enter
+from runtime.parallel.entry import enter
+from runtime.parallel.group import Group
 from runtime.parallel.ranks import Ranks
 from runtime.weights.cuda_driver import Driver
 
