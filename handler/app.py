@@ -57,6 +57,8 @@ def create_app(
     if service.tracing is not None:
         observers.append(service.tracing.observe)
     middleware = [Middleware(RequestIds), Middleware(Recorded, observers), Middleware(HeaderLimits)]
+    if settings.allowed_origins:
+        middleware.append(_cross_origin(settings.allowed_origins))
     if settings.api_keys:
         middleware.append(Middleware(BearerAuth, keys=settings.api_keys))
     app = Starlette(
@@ -101,6 +103,20 @@ def _post(path: str, fleet: Fleet, endpoint: Callable[[Service], ASGIApp]) -> Ro
     """A route to the endpoint of the model that a request names."""
     endpoints = [endpoint(service) for service in fleet.services]
     return Route(path, endpoints[0] if len(endpoints) == 1 else ByModel(fleet, endpoints), methods=["POST"])
+
+
+def _cross_origin(origins: Sequence[str]) -> Middleware:
+    """Lets scripts of these origins' pages call. They send a key, where one is asked for, and no cookies."""
+    from starlette.middleware.cors import CORSMiddleware
+
+    return Middleware(
+        CORSMiddleware,
+        allow_origins=list(origins),
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=["x-request-id", "retry-after"],
+        max_age=86_400,
+    )
 
 
 @contextlib.asynccontextmanager

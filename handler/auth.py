@@ -12,7 +12,7 @@ from handler.asgi import send_error
 from handler.openai.errors import ApiError
 
 # Platforms probe these without a key; the page is public, the calls that it makes are not.
-PUBLIC_PATHS = frozenset({"/health/live", "/health/ready", "/health/startup"}) | ui.PATHS
+PUBLIC_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/health/startup"}) | ui.PATHS
 
 
 class BearerAuth:

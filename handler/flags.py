@@ -166,6 +166,14 @@ SERVER_FLAGS = (
         "KEY",
         many=True,
     ),
+    Flag(
+        "allowed-origins",
+        values.origins,
+        "web pages, by origin, whose scripts may call this server: https://app.example, a JSON list of them, "
+        "or * for all (default: none but the server's own).",
+        "ORIGIN",
+        many=True,
+    ),
     Flag("api-key-file", str, "a file with such keys, one a line.", "FILE"),
     Flag(
         "tool-call-parser",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_awake_models: int = 1
     max_loaded_models: int = 4
     access_log: bool = True
+    allowed_origins: tuple[str, ...] = ()
     otlp_traces_endpoint: str | None = None
 
 
@@ -75,6 +77,7 @@ def read_settings(given: Mapping[str, Any], environ: Mapping[str, str] = os.envi
         served_model_names=default_names(values, spec),
         chat_template=read_template(template) if template else None,
         api_keys=_api_keys(values),
+        allowed_origins=tuple(chain.from_iterable(values.get("allowed_origins", ()))),
         **chosen,
         **idle,
     )

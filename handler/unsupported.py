@@ -6,6 +6,9 @@ import difflib
 
 # What users of vLLM's server may bring along, and what to do instead.
 _KNOWN_ELSEWHERE = {
+    "allow-credentials": "no cookies are used; --allowed-origins is enough",
+    "allowed-headers": "pages of --allowed-origins may send any; leave the flag out",
+    "allowed-methods": "pages of --allowed-origins may GET and POST; leave the flag out",
     "async-scheduling": "scheduling always overlaps the device's work; leave the flag out",
     "chat-template-content-format": "the format is found from the template; leave the flag out",
     "compilation-config": "nothing is compiled at start; leave the flag out",

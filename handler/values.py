@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Callable
 
@@ -87,6 +88,18 @@ def choice(*allowed: str) -> Callable[[str], str]:
         return text
 
     return parse
+
+
+def origins(text: str) -> tuple[str, ...]:
+    """Origins of web pages (`https://host:port`), as a JSON list or one alone; `*` is any."""
+    try:
+        found = json.loads(text) if text.lstrip().startswith("[") else [text]
+    except ValueError:
+        found = [None]
+    for origin in found:
+        if not isinstance(origin, str) or not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+            raise argparse.ArgumentTypeError(f"'{text}' is no origin such as https://app.example, and not *")
+    return tuple(found)
 
 
 def optional(text: str) -> str | None:

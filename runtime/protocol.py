@@ -105,12 +105,16 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
 
 
 class Submit(msgspec.Struct, tag="submit", omit_defaults=True, kw_only=True):
-    """One sequence to generate. `cache_salt` keeps one tenant's prefix blocks from another's."""
+    """One sequence to generate. `cache_salt` keeps one tenant's prefix blocks from another's.
+
+    Of those that wait, the ones with the lowest `priority` are taken up first.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
     sampling: SamplingParams
     cache_salt: str = ""
+    priority: int = 0
 
 
 class Abort(msgspec.Struct, tag="abort"):

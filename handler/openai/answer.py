@@ -34,7 +34,9 @@ class BaseAnswer:
         self.service = service
         self.stream = request.stream
         self.num_sequences = num_sequences
-        self.id = f"{id_prefix}-{uuid.uuid4().hex}"
+        # What the engine calls it is ours: clients may use a name of theirs twice.
+        self.name = uuid.uuid4().hex
+        self.id = f"{id_prefix}-{request.request_id or self.name}"
         self.created = int(time.time())
         self.model = request.model or service.model
         self.sequences: list[Sequence] = []

@@ -63,7 +63,7 @@ class ChatAnswer(BaseAnswer):
             choice.function if isinstance(choice, NamedTool) else choice,
         )
         turns, form = as_turns(request.messages), asked_form(request)
-        self._conversation = Conversation(service, request, turns, offer, form, self.id)
+        self._conversation = Conversation(service, request, turns, offer, form, self.name)
         self._names: TokenNames | None = None
         self._told_role = False
         self._plain = not (request.logprobs or request.return_token_ids)

@@ -88,10 +88,11 @@ class CompletionAnswer(BaseAnswer):
                 place = number * self._tries + turn
                 seed = None if sampling.seed is None else (sampling.seed + turn) % (1 << 63)
                 submit = Submit(
-                    request_id=f"{self.id}-{place}",
+                    request_id=f"{self.name}-{place}",
                     prompt_token_ids=prompt,
                     sampling=msgspec.structs.replace(sampling, seed=seed),
                     cache_salt=request.cache_salt or "",
+                    priority=request.priority,
                 )
                 sequence = Sequence(text.tokenizer, submit, request, place, counts_prompt=turn == 0)
                 self.sequences.append(sequence)

@@ -158,6 +158,7 @@ class Conversation:
                 prompt_token_ids=prompt,
                 sampling=msgspec.structs.replace(sampling, seed=seed),
                 cache_salt=request.cache_salt or "",
+                priority=request.priority,
             )
             sequence = Sequence(
                 text.tokenizer, submit, request, place, counts_prompt=place == 0, shown_ids=shown

@@ -51,7 +51,6 @@ _LATER: dict[str, Test] = {
     "guided_decoding_backend": _is("auto", "guidance"),
     "length_penalty": _is(1, 1.0),
     "modalities": _is(["text"]),
-    "priority": _is(0),
     "spaces_between_special_tokens": _is(True),
     "suffix": _is(""),
     "truncation": _is("disabled"),

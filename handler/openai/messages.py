@@ -21,6 +21,8 @@ class TextPart(Strict):
 
     type: Literal["text"]
     text: str
+    # Where another vendor's servers would begin to keep what comes before; here all of it is kept anyway.
+    cache_control: dict[str, str] | None = None
 
 
 class RefusalPart(Strict):
@@ -78,6 +80,7 @@ class Reply(Strict):
     name: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS, fail_fast=True)] | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None  # the same by vLLM's newer name
     refusal: str | None = None
     # What else clients send back of an answer; only their empty values make sense here.
     function_call: None = None
@@ -123,8 +126,9 @@ def _add_reply(turn: dict[str, Any], message: Reply, param: str) -> None:
         if message.refusal is None:
             error = f"'{param}.content' is missing: only a message with 'tool_calls' can do without."
             raise ApiError(400, error, param=f"{param}.content", code="missing_required_parameter")
-    if message.reasoning_content is not None:
-        turn["reasoning_content"] = message.reasoning_content
+    reasoning = message.reasoning if message.reasoning_content is None else message.reasoning_content
+    if reasoning is not None:
+        turn["reasoning_content"] = reasoning
     if message.tool_calls:
         turn["tool_calls"] = [
             {

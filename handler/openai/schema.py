@@ -23,6 +23,7 @@ TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 TemplateVariables = Annotated[dict[str, Any], Field(max_length=32)]
 Documents = Annotated[list[dict[str, str]], Field(max_length=1024)]
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+RequestId = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:/+=@-]{1,128}$")]
 CacheSalt = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,256}$")]
 
 
@@ -60,6 +61,8 @@ class Sampling(Strict):
     skip_special_tokens: bool = True
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     cache_salt: CacheSalt | None = None
+    priority: int = Field(0, ge=-(1 << 31), lt=1 << 31)
+    request_id: RequestId | None = None
     bad_words: Annotated[list[BadWord], Field(max_length=128)] = []
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False

@@ -1,10 +1,10 @@
 """Continuous batching: which sequences compute how many tokens in the next step.
 
 There are no phases. Every step spends one budget of tokens on sequences whose computed tokens lag
-behind their tokens: running ones first, oldest first, then waiting ones as far as blocks allow. A
-decode is a lag of one, a prefill a longer lag, cut into chunks where the budget ends. When blocks run
-out, the youngest sequence gives up its own and is computed again later; the oldest can always go on,
-so everyone ends.
+behind their tokens: running ones first, oldest first, then waiting ones, in the order of their
+priorities, as far as blocks allow. A decode is a lag of one, a prefill a longer lag, cut into chunks
+where the budget ends. When blocks run out, the youngest sequence gives up its own and is computed again
+later; the oldest can always go on, so everyone ends.
 """
 
 from __future__ import annotations
@@ -63,8 +63,11 @@ class Scheduler:
         return bool(self.running or self.waiting)
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence behind all earlier ones."""
-        self.waiting.append(sequence)
+        """Queue a sequence behind all that wait with its priority, or a lower number."""
+        place = len(self.waiting)
+        while place and self.waiting[place - 1].priority > sequence.priority:
+            place -= 1
+        self.waiting.insert(place, sequence)
 
     def remove(self, request_ids: Iterable[str]) -> None:
         """Forget sequences, wherever they stand, and free their blocks; unknown ids are ignored."""

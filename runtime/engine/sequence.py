@@ -34,6 +34,7 @@ class Sequence:
         "order",
         "penalties",
         "position_base",
+        "priority",
         "prompt_logprobs",
         "prompt_logprobs_left",
         "request_id",
@@ -63,6 +64,7 @@ class Sequence:
         self.ended = False
         self.taken_up = 0.0
         self.order = order
+        self.priority = request.priority
         self.seed = seed
         self.stop_token_ids = frozenset(request.sampling.stop_token_ids)
         self.position_base = position_base

@@ -254,6 +254,17 @@ class TestPrompts:
             "<|im_start|>assistant\n"
         )
 
+    def test_marks_of_other_vendors_caches_change_nothing(self, server: Server) -> None:
+        part = {"type": "text", "text": "one", "cache_control": {"type": "ephemeral"}}
+        plain = self.ask(server, [{"role": "user", "content": "one"}])
+        assert self.ask(server, [{"role": "user", "content": [part]}]) == plain
+
+    def test_reasoning_by_either_name_is_sent_back(self, make_server: Callable[..., Server]) -> None:
+        server = make_server(chat_template="{% for m in messages %}{{ m.reasoning_content }}{% endfor %}")
+        for name in ("reasoning", "reasoning_content"):
+            message = {"role": "assistant", "content": "So.", name: "Because."}
+            assert self.ask(server, [message]) == "Because."
+
     def test_without_a_turn_to_answer_in(self, server: Server) -> None:
         messages = [{"role": "user", "content": "a"}]
         assert self.ask(server, messages, add_generation_prompt=False).endswith("a<|im_end|>\n")

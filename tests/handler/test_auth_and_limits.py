@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.handler.conftest import Server, starter
+from tests.handler.conftest import Reply, Server, starter
 
 PROTECTED = [
     ("GET", "/v1/models"),
@@ -129,6 +129,39 @@ class TestMethodsAndPaths:
     def test_no_other_origin_is_let_in(self, server: Server) -> None:
         reply = server.get("/v1/models", {"Origin": "https://elsewhere.example"})
         assert "access-control-allow-origin" not in reply.headers
+
+
+class TestOtherOrigins:
+    PAGE = "https://app.example"
+
+    @pytest.fixture
+    def server(self, make_server: Callable[..., Server]) -> Server:
+        return make_server(allowed_origins=(self.PAGE,), api_keys=("k",))
+
+    def preflight(self, server: Server, origin: str) -> Reply:
+        asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+        return server.request("OPTIONS", "/v1/completions", headers={"Origin": origin, **asked})
+
+    def test_a_page_that_is_let_in(self, server: Server) -> None:
+        asked = self.preflight(server, self.PAGE)
+        assert (asked.status, asked.headers["access-control-allow-origin"]) == (200, self.PAGE)
+        assert asked.headers["access-control-allow-headers"] == "authorization"
+        reply = server.get("/v1/models", {"Origin": self.PAGE, "Authorization": "Bearer k"})
+        assert (reply.status, reply.headers["access-control-allow-origin"]) == (200, self.PAGE)
+        assert "x-request-id" in reply.headers["access-control-expose-headers"]
+        # A refusal is readable there, too.
+        assert server.get("/v1/models", {"Origin": self.PAGE}).headers["access-control-allow-origin"]
+
+    def test_any_other_page(self, server: Server) -> None:
+        assert self.preflight(server, "https://evil.example").status == 400
+        reply = server.get("/v1/models", {"Origin": "https://evil.example", "Authorization": "Bearer k"})
+        assert "access-control-allow-origin" not in reply.headers
+
+    def test_streams_too(self, server: Server) -> None:
+        headers = {"Origin": self.PAGE, "Authorization": "Bearer k"}
+        reply = server.post("/v1/completions", {"prompt": "x", "stream": True}, headers)
+        assert reply.events
+        assert reply.headers["access-control-allow-origin"] == self.PAGE
 
 
 class TestQueue:

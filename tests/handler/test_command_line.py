@@ -148,6 +148,13 @@ class TestFlagsOfVllm:
     def test_lengths(self, catalogue: str, text: str, tokens: int) -> None:
         assert settle(f"--catalogue {catalogue} --max-model-len {text}").engine.max_model_len == tokens
 
+    def test_allowed_origins(self, catalogue: str) -> None:
+        base = f"--catalogue {catalogue}"
+        assert settle(base).allowed_origins == ()
+        line = """--allowed-origins '["http://a:1", "https://b"]' https://c"""
+        assert settle(f"{base} {line}").allowed_origins == ("http://a:1", "https://b", "https://c")
+        assert settle(f"""{base} --allowed-origins '["*"]'""").allowed_origins == ("*",)
+
     @pytest.mark.parametrize(("flag", "dtype"), [("half", "float16"), ("float", "float32"), ("auto", "auto")])
     def test_dtypes(self, catalogue: str, flag: str, dtype: str) -> None:
         assert settle(f"--catalogue {catalogue} --dtype {flag}").engine.dtype == dtype

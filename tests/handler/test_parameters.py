@@ -64,6 +64,20 @@ class TestTokenIds:
         assert content[0]["bytes"] == [ord("H")]
 
 
+class TestNames:
+    def test_a_client_names_its_request(self, server: Server) -> None:
+        assert server.chat(request_id="mine").json["id"] == "chatcmpl-mine"
+        assert server.complete(request_id="mine").json["id"] == "cmpl-mine"
+        names = [submit.request_id for submit in server.engine.submitted]
+        assert len(set(names)) == 2, "the engine tells them apart"
+        assert server.chat(request_id="a b").error["param"] == "request_id"
+
+    def test_priority_reaches_the_engine(self, server: Server) -> None:
+        server.chat(priority=-3)
+        server.complete(["a", "b"], priority=7)
+        assert [submit.priority for submit in server.engine.submitted] == [-3, 7, 7]
+
+
 class TestBestOf:
     @pytest.fixture
     def tries(self, make_server: Make) -> Server:

@@ -44,7 +44,6 @@ LATER: dict[str, Any] = {
     "length_penalty": 1.5,
     "truncate_prompt_tokens": 5,
     "spaces_between_special_tokens": False,
-    "priority": 3,
     "echo": True,
     "kv_transfer_params": {},
 }

@@ -113,9 +113,11 @@ def make_engine(
     return Engine(model, scheduler, max_model_len, 0, no_grammars)
 
 
-def request(name: str, prompt: list[int], max_tokens: int, salt: str = "") -> Submit:
+def request(name: str, prompt: list[int], max_tokens: int, salt: str = "", priority: int = 0) -> Submit:
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, stop_token_ids=(STOP,))
-    return Submit(request_id=name, prompt_token_ids=prompt, sampling=sampling, cache_salt=salt)
+    return Submit(
+        request_id=name, prompt_token_ids=prompt, sampling=sampling, cache_salt=salt, priority=priority
+    )
 
 
 def collect(engine: Engine, outputs: dict[str, list[int]], ended: dict[str, str]) -> None:
@@ -167,7 +169,8 @@ def test_everyone_ends_with_the_tokens_they_would_get_alone(
         max_tokens = rnd.randint(1, max_model_len - len(prompt))
         name = f"r{number}"
         expected[name] = alone(prompt, max_tokens)
-        engine.submit(request(name, prompt, max_tokens, salt=rnd.choice(["", "tenant"])))
+        salt, priority = rnd.choice(["", "tenant"]), rnd.randint(-1, 1)
+        engine.submit(request(name, prompt, max_tokens, salt, priority))
         for _ in range(rnd.choice([0, 0, 1, 3, 10])):
             if engine.has_work:
                 collect(engine, outputs, ended)
@@ -215,6 +218,17 @@ def test_tenants_do_not_share_blocks() -> None:
         while engine.has_work:
             engine.step()
     assert engine.stats.cached_tokens_total == 0
+
+
+def test_lower_priorities_are_taken_up_first_and_equals_in_turn() -> None:
+    engine = make_engine(max_num_seqs=1)
+    for name, priority in (("a", 0), ("b", 0), ("c", -1), ("d", 5), ("e", -1), ("f", 0)):
+        engine.submit(request(name, [1, 2, 3], 3, priority=priority))
+    outputs: dict[str, list[int]] = {}
+    ended: dict[str, str] = {}
+    while engine.has_work:
+        collect(engine, outputs, ended)
+    assert list(ended) == ["c", "e", "a", "b", "f", "d"]
 
 
 def test_a_running_answer_goes_on_while_a_long_prompt_comes_in() -> None:
