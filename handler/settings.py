@@ -86,8 +86,10 @@ def read_settings(given: Mapping[str, Any], environ: Mapping[str, str] = os.envi
 def read_others(given: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> list[ServerSettings]:
     """The same for the further models of --models; flags about one model are about the first."""
     values = collect(given, SERVE_FLAGS, environ)
-    catalogue, default = read_catalogue(values), model_spec(values)
     names = values.get("models", [])
+    if not names:
+        return []
+    catalogue, default = read_catalogue(values), model_spec(values)
     if "all" in names:
         names = list(catalogue.models)
     shared = {name: value for name, value in values.items() if name not in _OF_ONE_MODEL}

@@ -20,7 +20,7 @@ _KNOWN_ELSEWHERE = {
     "disable-uvicorn-access-log": "use --no-access-log",
     "distributed-executor-backend": "ranks are plain processes on one host; leave the flag out",
     "enable-lora": "adapters are not supported yet",
-    "enable-sleep-mode": "sleeping is not supported yet",
+    "enable-sleep-mode": "sleeping needs no flag: use POST /sleep or --idle-sleep-s; leave the flag out",
     "enable-log-requests": "prompts are never logged; --access-log has a line for each request without them",
     "enforce-eager": "the first tokens always run eagerly; leave the flag out",
     "generation-config": "the model's generation_config.json is used; put other defaults into models.yaml",

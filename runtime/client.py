@@ -138,6 +138,8 @@ class EngineClient:
 
     async def wake(self) -> None:
         """Like `call`, and wait until it does take requests. Raises `EngineUnavailable` if it fails."""
+        if self.state == "warm":
+            self._send(Wake())  # it may be falling asleep
         while self.state != "warm":
             self.call()
             await self._wait_change()

@@ -27,7 +27,7 @@ import msgspec
 from runtime.catalogue import find_catalogue, load_catalogue
 from runtime.client import EngineClient, EngineUnavailable
 from runtime.errors import RequestError
-from runtime.protocol import EngineConfig, Submit, TokenLogprobs
+from runtime.protocol import EngineConfig, SleepLevel, Submit, TokenLogprobs
 from runtime.text.chat import encode_chat
 from runtime.text.generation import run
 from runtime.text.model_text import ModelText, TextFiles
@@ -202,6 +202,17 @@ class LLM:
             call = self._completion(prompts, sampling)
         return Stream(self._pieces(call), call)
 
+    def sleep(self, level: SleepLevel = 1) -> None:
+        """Give back the device's memory when nothing runs any more; the next call takes it again.
+
+        The weights wait in main memory at level 1, in their files at level 2.
+        """
+        self._wait(self._sleep(level))
+
+    def wake(self) -> None:
+        """Take the memory back ahead of the next call."""
+        self._wait(self._client.wake())
+
     def close(self) -> None:
         """End the engine and everything that runs on it."""
         if not self._loop.is_closed():
@@ -300,6 +311,10 @@ class LLM:
             pieces.put(error)
         finally:
             pieces.put(None)
+
+    async def _sleep(self, level: SleepLevel) -> None:
+        await self._client.wait_ready()
+        await self._client.sleep(level)
 
     async def _end(self) -> None:
         await self._client.close(drain_seconds=0)

@@ -68,7 +68,7 @@ def run(given: dict[str, Any]) -> int:
         from runtime.client import EngineClient
 
         settings = read_settings(values)
-        others = read_others(values) if "models" in values or os.environ.get("FIRSTLIGHT_MODELS") else []
+        others = read_others(values)
         client = EngineClient(settings.engine)
         client.spawn()
         client.marks["listen"] = listening

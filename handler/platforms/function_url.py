@@ -237,13 +237,13 @@ def handle(event: Any, context: object) -> dict[str, Any]:
 
 
 def _from_environment() -> FunctionUrl:
-    from handler.settings import read_settings
+    from handler.settings import read_others, read_settings
     from runtime.client import EngineClient
 
-    settings = read_settings({})
+    settings, others = read_settings({}), read_others({})
     client = EngineClient(settings.engine)
     client.spawn()
 
     from handler.app import create_app
 
-    return FunctionUrl(create_app(client, settings), next(iter(settings.api_keys), None))
+    return FunctionUrl(create_app(client, settings, others=others), next(iter(settings.api_keys), None))

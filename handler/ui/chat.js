@@ -62,7 +62,7 @@ function show(turn) {
 
 function waitingFor() {
   if (engine.state === "loading") return `Waiting for the model: ${describe()}. The answer comes by itself.`;
-  if (engine.state === "asleep") return "Waking the model. The answer comes by itself.";
+  if (["asleep", "waking"].includes(engine.state)) return "Waking the model. The answer comes by itself.";
   return "Waiting for the first token";
 }
 

@@ -12,7 +12,7 @@ const TROUBLE = {
   draining: "The server is shutting down and takes no more questions.",
   unreachable: "The server cannot be reached. This page keeps trying.",
 };
-const PAUSE_MS = { warm: 10_000, failed: 10_000, unreachable: 3_000 };
+const PAUSE_MS = { warm: 10_000, asleep: 10_000, failed: 10_000, unreachable: 3_000 };
 
 /** What /status said last; also the states "connecting", "locked" and "unreachable". */
 export let engine = { state: "connecting" };

@@ -54,6 +54,15 @@ def expected(reference: tuple[Any, Any], prompt: Any, max_tokens: int) -> list[i
     return answer
 
 
+def test_sleep_changes_no_answer(llm: LLM) -> None:
+    before = [result.text for result in llm.generate(PROMPTS, temperature=0, max_tokens=8)]
+    llm.sleep()
+    assert [result.text for result in llm.generate(PROMPTS, temperature=0, max_tokens=8)] == before
+    llm.sleep(level=2)
+    llm.wake()
+    assert [result.text for result in llm.generate(PROMPTS, temperature=0, max_tokens=8)] == before
+
+
 class TestGenerate:
     def test_answers_are_transformers_answers_in_order(self, llm: LLM, reference: tuple[Any, Any]) -> None:
         results = llm.generate(PROMPTS, temperature=0, max_tokens=24)

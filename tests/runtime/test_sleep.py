@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import psutil
@@ -17,24 +15,36 @@ from runtime.protocol import SamplingParams, Submit
 from tests.runtime.test_client import config, run, running, submit, tokens_of, until
 
 
-@pytest.mark.parametrize("level", [1, 2])
-def test_answers_are_the_same_after_a_sleep(level: int, tiny_model: Path) -> None:
+def test_levels(tiny_model: Path) -> None:
+    """The same answers after each, with nothing left in the cache; and from one level to the other."""
+
     async def test() -> None:
         async with running(config(tiny_model)) as client:
             before = await tokens_of(submit(client, "before", 40))
-            await client.sleep(level)  # type: ignore[arg-type]
-            assert (client.state, client.sleep_level) == ("asleep", level)
-            assert await tokens_of(submit(client, "after", 40)) == before
-            assert (client.state, client.sleep_level, client.wakes, client.restarts) == ("warm", None, 1, 0)
-            # What was in the cache is gone, and nobody is told that it is not.
-            assert client.stats.cached_tokens_total == 0
-            assert await tokens_of(submit(client, "cached", 40)) == before
-            assert client.stats.cached_tokens_total > 0
+            cached = 0
+            for level in (1, 2):
+                assert client.stats.cached_tokens_total == cached
+                await client.sleep(level)  # type: ignore[arg-type]
+                assert (client.state, client.sleep_level) == ("asleep", level)
+                assert await tokens_of(submit(client, f"after{level}", 40)) == before
+                assert (client.state, client.sleep_level, client.wakes) == ("warm", None, level)
+                assert client.stats.cached_tokens_total == cached
+                assert await tokens_of(submit(client, f"again{level}", 40)) == before
+                assert client.stats.cached_tokens_total > cached
+                cached = client.stats.cached_tokens_total
+            await client.sleep(1)
+            await client.sleep(2)
+            assert client.sleep_level == 2
+            await client.sleep(1)
+            assert client.sleep_level == 2
+            await client.wake()
+            await client.wake()
+            assert (client.state, client.wakes, client.restarts) == ("warm", 3, 0)
 
     run(test())
 
 
-def test_the_cache_is_given_back(endless_model: Path) -> None:
+def test_memory_is_given_back(endless_model: Path) -> None:
     async def test() -> None:
         async with running(config(endless_model, max_model_len=2000)) as client:
             await tokens_of(submit(client, "short", 5))
@@ -54,143 +64,76 @@ def test_the_cache_is_given_back(endless_model: Path) -> None:
     run(test())
 
 
-class TestOrder:
-    def test_what_runs_ends_first_and_what_comes_wakes(self, endless_model: Path) -> None:
-        async def test() -> None:
-            async with running(config(endless_model)) as client:
-                running_one = submit(client, "running", 300)
-                await anext(running_one)
-                asleep = asyncio.create_task(client.sleep(1))
-                await asyncio.sleep(0)
-                late = [submit(client, f"late{number}", 5) for number in range(20)]
-                assert len(await tokens_of(running_one)) >= 290
-                await asleep
-                assert [len(await tokens_of(stream)) for stream in late] == [5] * 20
-                assert (client.state, client.sleeps, client.wakes) == ("warm", 1, 1)
-
-        run(test())
-
-    def test_dozing_off_gives_way_to_a_request(self, endless_model: Path) -> None:
-        async def test() -> None:
-            async with running(config(endless_model)) as client:
-                await client.wait_ready()
-                client.doze_off(1)
-                assert len(await tokens_of(submit(client, "quick", 5))) == 5
-                assert client.state == "warm"
-                client.doze_off(1)
-                await until(lambda: client.state == "asleep")
-                assert client.sleeps == 1
-
-        run(test())
-
-    def test_deeper_and_awake_again(self, endless_model: Path) -> None:
-        async def test() -> None:
-            async with running(config(endless_model)) as client:
-                await client.wait_ready()
-                await client.sleep(1)
-                await client.sleep(2)
-                assert client.sleep_level == 2
-                await client.sleep(1)
-                assert client.sleep_level == 2
-                await client.wake()
-                await client.wake()
-                assert (client.state, client.wakes) == ("warm", 1)
-
-        run(test())
-
-    def test_a_request_that_is_left_while_it_waits_is_forgotten(self, endless_model: Path) -> None:
-        async def test() -> None:
-            async with running(config(endless_model)) as client:
-                first = submit(client, "first", 200)
-                await anext(first)
-                asleep = asyncio.create_task(client.sleep(1))
-                await asyncio.sleep(0)
-                submit(client, "left", 5).close()
-                await tokens_of(first)
-                await asleep
-                await asyncio.sleep(0.2)
-                assert (client.state, client.wakes) == ("asleep", 0)
-
-        run(test())
-
-
-class TestEnds:
-    def test_killed_in_its_sleep_it_starts_with_the_next_request(self, tiny_model: Path) -> None:
-        async def test() -> None:
-            async with running(config(tiny_model)) as client:
-                before = await tokens_of(submit(client, "before", 20))
-                await client.sleep(1)
-                assert client.pid is not None
-                os.kill(client.pid, signal.SIGKILL)
-                await until(lambda: client.state == "cold")
-                assert client.pid is None
-                assert await tokens_of(submit(client, "after", 20)) == before
-                assert (client.state, client.restarts, client.wakes) == ("warm", 1, 0)
-
-        run(test())
-
-    def test_told_to_leave_it_starts_with_the_next_request(self, tiny_model: Path) -> None:
-        async def test() -> None:
-            async with running(config(tiny_model)) as client:
-                before = await tokens_of(submit(client, "before", 20))
-                await client.sleep(1)
-                assert client.pid is not None
-                process = psutil.Process(client.pid)
-                client.leave()
-                after = submit(client, "after", 20)
-                assert await tokens_of(after) == before
-                assert not process.is_running()
-                assert (client.state, client.restarts) == ("warm", 0)
-
-        run(test())
-
-    def test_not_started_before_it_is_called(self, tiny_model: Path) -> None:
-        async def test() -> None:
-            client = EngineClient(config(tiny_model))
-            life = asyncio.create_task(client.run(at_once=False))
-            await client.sleep(1)
-            await asyncio.sleep(0.1)
-            assert (client.state, client.pid) == ("cold", None)
-            assert len(await tokens_of(submit(client, "first", 5))) == 5
-            client.leave()
-            await client.close(drain_seconds=5)
-            await asyncio.wait_for(life, 20)
-
-        run(test())
-
-    def test_draining_wakes_nobody(self, tiny_model: Path) -> None:
-        async def test() -> None:
-            client = EngineClient(config(tiny_model))
-            life = asyncio.create_task(client.run())
-            await client.wait_ready()
-            await client.sleep(2)
+def test_who_gives_way_to_whom(endless_model: Path) -> None:
+    async def test() -> None:
+        async with running(config(endless_model)) as client:
+            first = submit(client, "first", 100)
+            await anext(first)
+            # One that sleeps because it is told to ends what it has begun, and takes nothing else up.
+            asleep = asyncio.create_task(client.sleep(1))
+            await asyncio.sleep(0)
+            submit(client, "left", 5).close()
+            await tokens_of(first)
+            await asleep
+            await asyncio.sleep(0.2)
+            assert (client.state, client.wakes) == ("asleep", 0)
+            # One that sleeps because nobody comes is up at once when somebody does.
+            await client.wake()
+            client.doze_off(1)
+            assert len(await tokens_of(submit(client, "quick", 5))) == 5
+            assert (client.state, client.sleeps) == ("warm", 1)
+            client.doze_off(1)
+            await until(lambda: client.state == "asleep")
+            # Ending wakes nobody.
             await client.close(drain_seconds=20)
-            await asyncio.wait_for(life, 20)
-            assert client.wakes == 0
+            assert client.wakes == 1
 
-        run(test())
+    run(test())
 
-    def test_weights_that_changed_meanwhile_are_noticed(
-        self, tiny_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-    ) -> None:
-        """Without an answer from them: they are loaded as the new model that they are."""
-        directory = shutil.copytree(tiny_model, tmp_path / "model")
-        file = directory / "model.safetensors"
 
-        async def test() -> None:
-            async with running(config(directory)) as client:
-                await tokens_of(submit(client, "before", 20))
-                await client.sleep(2)
-                tensors = load_file(file)
-                tensors["model.norm.weight"] = tensors["model.norm.weight"] * 0.5
-                changed = tmp_path / "changed.safetensors"
-                save_file(tensors, changed, {"format": "pt"})
-                file.write_bytes(changed.read_bytes())  # in place, under the engine's feet
-                with pytest.raises(EngineUnavailable, match="did not say what it said"):
-                    await tokens_of(submit(client, "during", 20))
-                await client.wait_ready()
-                assert await tokens_of(submit(client, "after", 20))
-                assert client.restarts == 1
+def test_it_is_started_when_it_is_called_and_anew_when_it_has_left(tiny_model: Path) -> None:
+    async def test() -> None:
+        client = EngineClient(config(tiny_model))
+        life = asyncio.create_task(client.run(at_once=False))
+        await client.sleep(1)
+        await asyncio.sleep(0.1)
+        assert (client.state, client.pid) == ("cold", None)
+        first = await tokens_of(submit(client, "first", 20))
+        assert client.pid is not None
+        process = psutil.Process(client.pid)
+        client.leave()
+        assert client.state == "cold"
+        assert await tokens_of(submit(client, "second", 20)) == first
+        assert not process.is_running()
+        assert (client.state, client.restarts) == ("warm", 0)
+        client.leave()
+        await client.close(drain_seconds=5)
+        await asyncio.wait_for(life, 20)
 
-        run(test())
-        assert "Traceback" not in capfd.readouterr().err
+    run(test())
+
+
+def test_weights_that_changed_meanwhile_give_no_answer(
+    tiny_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """They are loaded as the new model that they are."""
+    directory = shutil.copytree(tiny_model, tmp_path / "model")
+    file = directory / "model.safetensors"
+
+    async def test() -> None:
+        async with running(config(directory)) as client:
+            await tokens_of(submit(client, "before", 20))
+            await client.sleep(2)
+            tensors = load_file(file)
+            tensors["model.norm.weight"] = tensors["model.norm.weight"] * 0.5
+            changed = tmp_path / "changed.safetensors"
+            save_file(tensors, changed, {"format": "pt"})
+            file.write_bytes(changed.read_bytes())  # in place, under the engine's feet
+            with pytest.raises(EngineUnavailable, match="did not say what it said"):
+                await tokens_of(submit(client, "during", 20))
+            await client.wait_ready()
+            assert await tokens_of(submit(client, "after", 20))
+            assert client.restarts == 1
+
+    run(test())
+    assert "Traceback" not in capfd.readouterr().err
