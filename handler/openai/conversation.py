@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+from msgspec.json import encode
 
 from handler.openai.errors import ApiError
 from handler.openai.prompts import banned_ids, encode_messages, template_variables
@@ -16,9 +17,10 @@ from handler.openai.reply.reader import ReplyReader
 from handler.openai.reply.reasoning import Reasoning
 from handler.openai.reply.said import Said
 from handler.openai.schema import ChatOptions
-from handler.openai.structured import Form
+from handler.openai.structured import MAX_GRAMMAR_BYTES, Form
 from handler.openai.tools import Offer
 from handler.service import Service
+from handler.textroom import off_loop
 from runtime.protocol import Grammar, Submit
 from runtime.text.grammar import literal
 from runtime.text.model_text import ModelText
@@ -175,22 +177,29 @@ class Conversation:
         if form is None and not offer.held:
             return None
         field = "tool_choice" if offer.required else "tools" if form is None else form.field
-        rules = None
-        if offer.callable and calls is not None and calls.grammar is not None:
-            several = self.request.parallel_tool_calls and not offer.named
-            rules = calls.grammar(CallRules(offer.callable, several, lambda tag: _lark(text, tag)))
-        elif offer.held:
+        write = None if calls is None else calls.grammar
+        if write is None and offer.held:
             message = f"'{field}' cannot be met: nothing can hold this model to a way of writing its calls."
             raise ApiError(400, message, param=field, code="unsupported_value")
+        size = sum(len(encode(function.schema)) for function in offer.callable)
+        if size > MAX_GRAMMAR_BYTES:
+            message = (
+                f"'tools' take {size} bytes of schemas; replies can be held to {MAX_GRAMMAR_BYTES} at most."
+            )
+            raise ApiError(400, message, param="tools", code="invalid_value")
         content = None if form is None or offer.required else await form.part()
-        found = reply_grammar(
-            content,
-            rules,
-            must_call=offer.required,
-            thinking=thinking,
-            tag=lambda tag: _lark(text, tag),
-        )
-        return Grammar(found, field)
+
+        def tag(name: str) -> str:
+            return _lark(text, name)
+
+        def build() -> str:
+            several = self.request.parallel_tool_calls and not offer.named
+            rules = None
+            if write is not None and offer.callable:
+                rules = write(CallRules(offer.callable, several, tag))
+            return reply_grammar(content, rules, must_call=offer.required, thinking=thinking, tag=tag)
+
+        return Grammar(await off_loop(size, build), field)
 
     def _reply(self, calls: CallFormat | None, thinking: Thinking | None) -> Reply:
         reasoning = None

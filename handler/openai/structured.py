@@ -17,8 +17,9 @@ from runtime.errors import RequestError
 from runtime.text import grammar
 from runtime.text.grammar import Part
 
-# All that is compiled into one grammar must be read first; more than this nobody writes by hand.
+# More than this nobody writes by hand; and all that one grammar is made of.
 MAX_SCHEMA_BYTES = 65_536
+MAX_GRAMMAR_BYTES = 262_144
 
 Text = Annotated[str, Field(min_length=1)]
 Choices = Annotated[list[Text], Field(min_length=1, max_length=4096, fail_fast=True)]

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runtime.engine.trial import Trial, limits
 from runtime.engine.vocabulary import read_vocabulary
 from runtime.errors import FirstlightError
 from runtime.protocol import Grammar
@@ -15,9 +16,6 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 _MAX_KEPT = 64
-# The states of a sequence's lexer take up to 2 kB each. llguidance's own limits bound everything else:
-# about a second for a compilation, about 20 ms for a mask.
-_MAX_LEXER_STATES = 50_000
 
 
 class GrammarError(FirstlightError):
@@ -35,6 +33,7 @@ class Grammars:
         self._reading = threading.Lock()
         self._compiled: OrderedDict[str, LLMatcher | str] = OrderedDict()
         self._keeping = threading.Lock()
+        self._mine = threading.local()  # each thread tries grammars in a process of its own
 
     def __len__(self) -> int:
         """How many compiled grammars are kept."""
@@ -69,10 +68,14 @@ class Grammars:
         return found
 
     def _compile(self, source: str) -> LLMatcher | str:
-        from llguidance import LLMatcher, LLParserLimits
+        if not hasattr(self._mine, "trial"):
+            self._mine.trial = Trial()
+        problem: str | None = self._mine.trial.problem(source)
+        if problem is not None:
+            return problem
+        from llguidance import LLMatcher
 
-        limits = LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
-        matcher = LLMatcher(self._read(), source, log_level=0, limits=limits)
+        matcher = LLMatcher(self._read(), source, log_level=0, limits=limits())
         if not matcher.is_error():
             # Masks share what is computed for the first one; and some faults only show in it.
             matcher.compute_bitmask()

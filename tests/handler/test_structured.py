@@ -52,6 +52,10 @@ TOOLS: Any = [
 ]
 
 
+# Enough for a compiler's stack.
+CHAIN = "\n".join(["start: r0", *(f"r{n}: r{n + 1}" for n in range(3000)), 'r3000: "x"'])
+
+
 class Event(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid")
     kind: Literal["meeting", "party"]
@@ -300,6 +304,7 @@ class TestRefused:
             ),
             ({"guided_grammar": "root ::= foo"}, "guided_grammar", "foo"),
             ({"guided_grammar": "root ::= (("}, "guided_grammar", "cannot be read"),
+            ({"guided_grammar": CHAIN}, "guided_grammar", "nested too deeply"),
             ({"structured_outputs": {"json": {"not": {}}}}, "structured_outputs.json", "not"),
             (
                 {

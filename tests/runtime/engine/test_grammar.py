@@ -125,6 +125,7 @@ def answers(engine: Engine, requests: list[Submit]) -> dict[str, TokenDelta]:
     return found
 
 
+CHAIN = "\n".join(["start: r0", *(f"r{n}: r{n + 1}" for n in range(3000)), 'r3000: "x"'])
 SOURCES = {
     "json": grammars_of.source(grammars_of.json_schema(PERSON)),
     "regex": grammars_of.source(grammars_of.regex(r"[a-f]{3,9}-\d{2}")),
@@ -235,6 +236,9 @@ class TestRefusals:
             (grammars_of.source(grammars_of.json_schema({"not": {"type": "string"}})), "not"),
             (grammars_of.source(grammars_of.json_schema({"$ref": "https://localhost/x"})), "localhost"),
             ("nonsense", "Expected token"),
+            # Each of these would bring a process down, or keep it busy for hours.
+            (grammars_of.source(grammars_of.grammar(CHAIN)), "nested too deeply"),
+            (grammars_of.source(grammars_of.json_schema({"multipleOf": 123456789})), "takes more than"),
         ],
     )
     def test_a_faulty_grammar_costs_nobody_else_anything(

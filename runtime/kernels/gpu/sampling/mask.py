@@ -21,7 +21,7 @@ class RowMasks:
     bits: torch.Tensor
 
 
-@triton.jit(do_not_specialize_on_alignment=["rows_ptr"])
+@triton.jit(do_not_specialize=["bits_stride"], do_not_specialize_on_alignment=["rows_ptr"])
 def mask_kernel(
     logits_ptr,
     stride,

@@ -1,0 +1,95 @@
+"""Whether a grammar can be compiled at all: found out in a process of its own, which may come to grief.
+
+A few lines can ask for a compiler's whole memory, for hours of its time, or for more of its stack than
+there is. `python -m runtime.engine.trial` compiles what it reads, a JSON string a line, and answers each with
+a line: what is wrong with it, or null.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llguidance import LLParserLimits
+
+_CPU_SECONDS = 3.0
+_MEMORY_BYTES = 1 << 30
+# Less than any thread of an engine has.
+_STACK_BYTES = 1 << 20
+# What one sequence may take: its lexer's states up to 2 kB each, and in all some 4 ms for a mask, of which
+# schemas that people write need less than one.
+_MAX_LEXER_STATES = 50_000
+_STEP_LEXER_FUEL = 50_000
+_STEP_MAX_ITEMS = 10_000
+
+
+def limits() -> LLParserLimits:
+    """The bounds that llguidance itself keeps to."""
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(
+        max_lexer_states=_MAX_LEXER_STATES,
+        step_lexer_fuel=_STEP_LEXER_FUEL,
+        step_max_items=_STEP_MAX_ITEMS,
+        verbose_errors=False,
+    )
+
+
+class Trial:
+    """Tries grammars, one after the other. The process is started when one comes and there is none."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def problem(self, source: str) -> str | None:
+        """Why a grammar is not to be compiled, if there is a reason."""
+        if self._process is None or self._process.poll() is not None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "runtime.engine.trial"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(json.dumps(source).encode() + b"\n")
+        process.stdin.flush()
+        answer = process.stdout.readline()
+        if answer:
+            problem: str | None = json.loads(answer)
+            return problem
+        if process.wait() == -signal.SIGPROF:
+            return f"it takes more than {_CPU_SECONDS:g} s to compile"
+        return "it takes too much memory to compile, or is nested too deeply"
+
+
+def _serve() -> None:
+    from llguidance import LLMatcher, LLTokenizer
+
+    vocabulary = LLTokenizer("byte")
+    for line in sys.stdin.buffer:
+        # Unless it is taken back, it ends the process.
+        signal.setitimer(signal.ITIMER_PROF, _CPU_SECONDS)
+        matcher = LLMatcher(vocabulary, json.loads(line), log_level=0, limits=limits())
+        if not matcher.is_error():
+            matcher.compute_bitmask()
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(json.dumps(matcher.get_error() or None), flush=True)
+
+
+def main() -> None:
+    """Answer until the other end is gone."""
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    threading.stack_size(_STACK_BYTES)
+    serving = threading.Thread(target=_serve)
+    serving.start()
+    serving.join()
+
+
+if __name__ == "__main__":
+    main()
