@@ -30,7 +30,10 @@ def working_bytes(config: ModelConfig, num_tokens: int, max_num_seqs: int, dtype
 
 
 def available_bytes() -> int:
-    """Main memory this process may still take: the machine's, or less if a container limits it."""
+    """Main memory this process may still take: the machine's, or less if a container limits it.
+
+    Pages that are only kept because they were read from files count as free, in either case.
+    """
     available = 0
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
@@ -38,8 +41,15 @@ def available_bytes() -> int:
     limit = Path("/sys/fs/cgroup/memory.max")
     used = Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        available = min(available, max(0, int(text) - int(used.read_text())))
+        available = min(available, max(0, int(text) - int(used.read_text()) + _file_bytes()))
     return available
+
+
+def _file_bytes() -> int:
+    """What the container holds of files."""
+    stat = Path("/sys/fs/cgroup/memory.stat")
+    fields = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
+    return int(fields.get("active_file", 0)) + int(fields.get("inactive_file", 0))
 
 
 def cpu_num_blocks(kv_cache_bytes: int | None, bytes_per_block: int, most: int, num_ranks: int) -> int:

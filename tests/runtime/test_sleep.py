@@ -137,3 +137,15 @@ def test_weights_that_changed_meanwhile_give_no_answer(
 
     run(test())
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_ranks_sleep_together(tiny_model: Path) -> None:
+    async def test() -> None:
+        async with running(config(tiny_model, world_size=2)) as client:
+            before = await tokens_of(submit(client, "before", 20))
+            for level in (1, 2):
+                await client.sleep(level)  # type: ignore[arg-type]
+                assert await tokens_of(submit(client, f"after{level}", 20)) == before
+            assert (client.state, client.wakes, client.restarts) == ("warm", 2, 0)
+
+    run(test())
