@@ -155,7 +155,8 @@ class DeviceRunner:
         size = len(decodes)
         if self.decoder.capturable:
             if (due := self.graphs.due(size)) is not None:
-                self._capture(due)
+                self._take_nobody()
+                self.graphs.capture(due)
             size = self.graphs.size_for(size)
         slots = [item.sequence.slot for item in decodes] + [-1] * (size - len(decodes))
         rows, new_blocks, count = self._staging.send([slots, np.array(updates, np.int32), [len(updates)]])
@@ -165,19 +166,18 @@ class DeviceRunner:
         logits = self.graphs.run(size) if self.decoder.capturable else self._decode(size)
         return self._rows[:size], self._seq_lens[:size], logits
 
-    def _capture(self, size: int) -> None:
-        # A batch of nobody: what is run for the capture's sake changes no request.
-        self._rows.fill_(-1)
-        self._num_updates.zero_()
-        self.graphs.capture(size)
-
     @torch.inference_mode()
     def use_idle_time(self) -> bool:
-        """Capture one more graph; see `Runner.use_idle_time`."""
-        size = self.graphs.missing() if self.decoder.capturable else None
-        if size is not None:
-            self._capture(size)
-        return size is not None
+        """Get on with the graphs; see `Runner.use_idle_time`."""
+        if not self.decoder.capturable:
+            return False
+        self._take_nobody()
+        return self.graphs.advance()
+
+    def _take_nobody(self) -> None:
+        """Make the inputs of a graph a batch of nobody: a run for a capture changes no request."""
+        self._rows.fill_(-1)
+        self._num_updates.zero_()
 
     def _decode(self, size: int) -> torch.Tensor:
         """What a graph of `size` sequences holds; the logits, [size, vocab_size] float32."""

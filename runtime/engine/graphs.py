@@ -33,10 +33,6 @@ class DecodeGraphs:
         steps = [1, 2, 4, *range(8, 64, 8), *range(64, 257, 16), *range(288, max_size + 32, 32)]
         return [*(size for size in steps if size < max_size), max_size]
 
-    def missing(self) -> int | None:
-        """The smallest size that has not been captured; None when all have."""
-        return next((size for size in self._sizes if size not in self._graphs), None)
-
     def size_for(self, size: int) -> int:
         """The batch size to run `size` sequences with.
 
@@ -48,7 +44,7 @@ class DecodeGraphs:
     def due(self, size: int) -> int | None:
         """The size to capture now, before a step of `size` sequences; None if that has time.
 
-        Captures are kept apart while steps follow each other; in idle time there is `missing`.
+        Captures are kept apart while steps follow each other; in idle time there is `advance`.
         """
         self._since_capture += 1
         best = self._sizes[bisect_left(self._sizes, size)]
@@ -62,6 +58,20 @@ class DecodeGraphs:
         graph, output = self._graphs[size]
         graph.replay()
         return output
+
+    def advance(self) -> bool:
+        """Do a part of what is missing, the smallest size first; whether there was anything to do.
+
+        As for `capture`, the inputs must be such that a run does no harm.
+        """
+        size = next((size for size in self._sizes if size not in self._graphs), None)
+        if size is None:
+            return False
+        if size in self._warm:
+            self.capture(size)
+        else:
+            self.run(size)
+        return True
 
     def capture(self, size: int) -> None:
         """Make the graph for steps of `size` sequences. The inputs must be such that a run does no harm."""

@@ -33,7 +33,7 @@ from runtime.kernels.gpu.sampling.parameters import SamplingTables, Stages
 from runtime.kernels.gpu.sampling.sampler import Batch, Sampler
 from runtime.model.decoder import Decoder
 from runtime.model.families import Model, read_model
-from runtime.model.layers import LayerCache
+from runtime.model.layers import LayerCache, Weights
 from runtime.protocol import EngineConfig
 from runtime.weights.checkpoint import TensorInfo
 from runtime.weights.plan import Plan, PlannedParameter, make_plan
@@ -77,7 +77,7 @@ class _Steps:
 
     def __init__(self, model: Model, plan: Plan, dtype: torch.dtype, block_size: int) -> None:
         config = model.config
-        weights = {each.name: tuple(_views(each, dtype)) for each in plan.parameters}
+        weights = Weights({each.name: tuple(_views(each, dtype)) for each in plan.parameters})
         self._config = config
         self._block_size = block_size
         self._decoder = Decoder(config, weights, _MAX_LEN, dtype)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +28,7 @@ from runtime.kernels.gpu.sampling.logprobs import token_logprobs
 from runtime.kernels.gpu.sampling.mask import RowMasks
 from runtime.kernels.gpu.sampling.parameters import SamplingTables, Stages
 from runtime.kernels.gpu.sampling.sampler import Batch, Sampler
+from tests.runtime.engine.test_against_transformers import save_random_llama
 
 pytestmark = pytest.mark.gpu
 SIZES = [1, 2, 3, 5, 15, 16, 17, 100, 128]
@@ -94,3 +99,63 @@ def test_new_batch_sizes_compile_nothing() -> None:
 
     assert first
     assert later == []
+
+
+# An engine that answers requests of every kind, and says which kernels it had to compile, and when.
+SERVE = """
+import sys
+from runtime.catalogue import ModelSpec
+from runtime.engine.start import start
+from runtime.protocol import EngineConfig, SamplingParams, Submit
+from runtime.kernels.gpu import cache
+
+config = EngineConfig(
+    model=ModelSpec(id="m", source=sys.argv[1]), cache_dir=sys.argv[2], device="cuda", kv_cache_bytes=1 << 28
+)
+engine, ready, _ = start(config, lambda event: None)
+print("start:", ready.counters["kernels_compiled"], *cache.compiled())
+KINDS = [
+    {"temperature": 0.0}, {"temperature": 1.0, "seed": 1}, {"top_k": 20}, {"top_p": 0.9}, {"min_p": 0.1},
+    {"top_k": 20, "top_p": 0.9, "min_p": 0.1}, {"logit_bias": {7: 2.0}, "temperature": 0.0},
+    {"presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.2},
+    {"min_tokens": 3, "stop_token_ids": (5,), "top_k": 3}, {"logprobs": 3}, {"prompt_logprobs": 2},
+    {"logprobs": 0, "top_p": 0.5, "repetition_penalty": 1.1},
+]
+number = 0
+for count in (1, 2, 5, 17, 40):
+    for kinds in ([kind] for kind in KINDS) if count < 3 else (KINDS, KINDS[:2]):
+        for each in range(count):
+            length = (1, 3, 64, 17, 700)[(number + each) % 5]
+            prompt = [(number * 31 + each * 7 + at) % 500 for at in range(length)]
+            sampling = SamplingParams(max_tokens=6, **kinds[each % len(kinds)])
+            engine.submit(Submit(request_id=f"{number}.{each}", prompt_token_ids=prompt, sampling=sampling))
+        while engine.has_work:
+            engine.step()
+        number += 1
+while engine.runner.use_idle_time():
+    pass
+print("served:", cache.num_compiled(), *cache.compiled())
+"""
+
+
+def test_with_kernels_compiled_ahead_an_engine_compiles_nothing(tmp_path: Path) -> None:
+    shape = {
+        "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 512,
+        "vocab_size": 512, "max_position_embeddings": 2048,
+    }  # fmt: skip
+    model = tmp_path / "model"
+    save_random_llama(model, torch.bfloat16, **shape)
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "kernels")}
+    major, minor = torch.cuda.get_device_capability()
+
+    def python(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    python("-m", "runtime.engine.kernels_ahead", str(model), f"{major}{minor}")
+    said = python("-c", SERVE, str(model), str(tmp_path / "cache"))
+    assert said.splitlines() == ["start: 0", "served: 0"]

@@ -15,6 +15,7 @@ from throughput import engine_settings
 from tests.scripts.conftest import BENCH
 
 REPORTS = ("cold_start", "cpu", "memory", "serving", "throughput", "wake")
+OTHERS = ("all_reduce", "http_cost", "make_model", "reference", "stalls", "upload")
 
 
 def bench(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -22,7 +23,7 @@ def bench(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
 
-@pytest.mark.parametrize("name", [*REPORTS, "all_reduce", "http_cost", "make_model", "reference"])
+@pytest.mark.parametrize("name", [*REPORTS, *OTHERS])
 def test_help_shows_how_to_run_it(name: str) -> None:
     done = bench(name, "--help")
     assert done.returncode == 0
