@@ -46,6 +46,14 @@ class PackedMatrix:
         """f, the integers in a word."""
         return 16 // self.bits if self.bits else 0
 
+    @property
+    def fields_per_scale(self) -> int:
+        """How many fields of a chunk, counted from its first on, share a scale; 1 for e4m3."""
+        chunk = self.fields * self.field
+        if not chunk or self.scales.shape[1] == 1 or self.group_size % chunk == 0:
+            return max(1, self.fields)
+        return self.group_size // self.field if chunk % self.group_size == 0 else 1
+
 
 def field_of(group_size: int, in_features: int) -> int | None:
     """How many inputs a field holds where so many share a scale; None if no field fits."""

@@ -79,20 +79,12 @@ def packed_gemv(
         words = matrix.values.view(torch.int32)
         _words_kernel[grid](
             x, x.view(torch.int32), words, *operands, _MAGIC, WORDS=words.shape[1], FIELD=matrix.field,
-            BITS=matrix.bits, PER_SCALE=_fields_per_scale(matrix), BLOCK_W=config.block_bytes // 4,
+            BITS=matrix.bits, PER_SCALE=matrix.fields_per_scale, BLOCK_W=config.block_bytes // 4,
             RUN=config.run, **shape,
         )  # fmt: skip
     else:
         _bytes_kernel[grid](x, matrix.values, *operands, BLOCK_K=config.block_bytes, **shape)
     return out
-
-
-def _fields_per_scale(matrix: PackedMatrix) -> int:
-    """How many fields of a chunk, counted from its first on, share a scale."""
-    chunk = matrix.fields * matrix.field
-    if matrix.scales.shape[1] == 1 or matrix.group_size % chunk == 0:
-        return matrix.fields
-    return matrix.group_size // matrix.field if chunk % matrix.group_size == 0 else 1
 
 
 @triton.jit(do_not_specialize=["magic"])

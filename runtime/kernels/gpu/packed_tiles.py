@@ -89,7 +89,7 @@ def packed_tiles(
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
-    shape |= word_shape(matrix)
+    shape |= word_shape(matrix) | {"PER_SCALE": matrix.fields_per_scale}
     _tile_kernel[(*tiles, config.splits)](
         x,
         matrix.values,
@@ -176,6 +176,7 @@ def _tile_kernel(
     WORDS: tl.constexpr,
     FIELD: tl.constexpr,
     BITS: tl.constexpr,
+    PER_SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -217,8 +218,13 @@ def _tile_kernel(
                 scale = tl.load(scales_ptr + group, there, other=0.0)
                 sums = tl.dot(weight * scale.to(x.dtype), x, sums)
             else:
-                scale = tl.load(scales_ptr + group, there, other=0.0)
-                sums += tl.dot(weight, x) * scale.to(tl.float32)
+                if field % PER_SCALE == 0:
+                    scale = tl.load(scales_ptr + group, there, other=0.0).to(tl.float32)
+                    part = tl.dot(weight, x)
+                else:
+                    part = tl.dot(weight, x, part)
+                if (field + 1) % PER_SCALE == 0:
+                    sums += part * scale
     is_last = True
     if SPLIT:
         sums, is_last = _all_shares(sums, partials_ptr, counters_ptr, BLOCK_M, BLOCK_N)

@@ -1,0 +1,261 @@
+"""One model of random weights that are made on the GPU, with no checkpoint anywhere, and its engine.
+
+`python -m harness.device_model` is a process for one model: it imports what it needs, waits for a `Task` as
+a line of JSON, and answers with what it measured.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness import ROOT, BenchError
+from harness.shapes import SHAPES
+from harness.workload import STANDARD, random_ids
+
+if TYPE_CHECKING:
+    import torch
+
+    from runtime.engine.core import Engine
+    from runtime.model.families import Model
+    from runtime.model.layout import Parameter
+    from runtime.weights.checkpoint import TensorInfo
+    from runtime.weights.plan import Plan
+
+STEPS = 48
+PROMPT = 128
+_PROJECTIONS = ("qkv", "o", "gate_up", "down")
+_LAYERS = ("num_hidden_layers", "num_layers")
+_DTYPES = {"bfloat16": "BF16", "float16": "F16"}
+_STANDARD_DEVIATION = 0.02
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model of the catalogue, and how it is measured: `layers` 0 is all, `batches` the sizes of decodes."""
+
+    model: str
+    max_model_len: int
+    layers: int
+    batches: list[int]
+    standard: bool
+    steps: int = STEPS
+
+
+@dataclass(frozen=True)
+class Found:
+    """What came out: seconds, bytes, tokens. `tpot` is by size of batch, the time a token takes."""
+
+    ready: float
+    step_bytes: int
+    kv_bytes: int
+    weight_bytes: int
+    capacity: int
+    layers: int
+    tpot: dict[int, float]
+    standard: float | None
+
+
+def config_of(name: str, layers: int = 0) -> dict[str, Any]:
+    """config.json of a model, with fewer layers if asked for."""
+    config = dict(SHAPES[name])
+    key = next(key for key in _LAYERS if key in config)
+    if layers:
+        config[key] = min(layers, config[key])
+    return config
+
+
+def parameters_of(model: Model) -> tuple[dict[str, TensorInfo], list[Parameter]]:
+    """What the headers of the model's files would say, and the parameters as those spell them."""
+    from runtime.model.quantization import spelled
+    from runtime.weights.checkpoint import TensorInfo
+
+    quantization = model.config.quantization
+    floats = _DTYPES[model.config.torch_dtype]
+
+    def info(name: str, dtype: str, shape: tuple[int, ...]) -> TensorInfo:
+        return TensorInfo(name, dtype, shape, Path(), 0, 0)
+
+    names = {}
+    for parameter in model.parameters:
+        for part in parameter.parts:
+            quantised = quantization is not None and parameter.name.rpartition(".")[2] in _PROJECTIONS
+            name = f"{part.tensor.removesuffix('.weight')}.qweight" if quantised else part.tensor
+            names[name] = info(name, floats, part.shape)
+    parameters = [each for one in model.parameters for each in spelled(one, names, quantization)]
+    tensors = {
+        part.tensor: info(part.tensor, "I32" if part.holds == "int32" else floats, part.shape)
+        for parameter in parameters
+        for part in parameter.parts
+    }
+    return tensors, parameters
+
+
+def plan_of(model: Model) -> Plan:
+    """The plan of loading what there is no file of."""
+    from runtime.weights.plan import make_plan
+
+    return make_plan(model, parameters_of(model)[0])
+
+
+def fill(name: str, tensor: torch.Tensor, model: Model) -> None:
+    """Random numbers such as a model might hold: weights of standard deviation 0.02, norms of one."""
+    import torch
+
+    kind = name.rpartition(".")[2]
+    quantization = model.config.quantization
+    if kind == "qweight":
+        tensor.random_(-(1 << 31), 1 << 31)
+    elif kind == "qzeros":
+        assert quantization is not None
+        # The middle of a field, less what is added to it.
+        middle = (1 << (quantization.bits - 1)) - quantization.zero_offset
+        word = sum(middle << shift for shift in range(0, 32, quantization.bits))
+        tensor.fill_(word - (1 << 32) if word >> 31 else word)
+    elif kind == "scales":
+        assert quantization is not None
+        tensor.fill_(_STANDARD_DEVIATION / ((1 << quantization.bits) / 12**0.5))
+    elif "norm" in kind:
+        tensor.fill_(1 - model.config.norm_offset)
+    else:
+        torch.nn.init.normal_(tensor, std=_STANDARD_DEVIATION)
+
+
+def step_bytes(model: Model, plan: Plan) -> int:
+    """What a decode step reads of the weights: all but an embedding that is not the head too, and constants
+    that are dropped."""
+    left_out = () if model.config.tie_word_embeddings else ("embedding",)
+    return sum(
+        piece.num_bytes
+        for parameter in plan.parameters
+        if parameter.name not in left_out and not parameter.name.endswith((".qzeros", ".g_idx"))
+        for piece in parameter.pieces
+    )
+
+
+def make_engine(task: Task, directory: Path) -> tuple[Engine, Model, Plan]:
+    """The engine of a model whose config.json is in `directory`, ready, with its graphs captured."""
+    import torch
+
+    from runtime.catalogue import ModelSpec
+    from runtime.engine import canary
+    from runtime.engine.build import build_engine
+    from runtime.engine.device_memory import DeviceMemory
+    from runtime.model.families import ForeignModel, read_model
+    from runtime.protocol import EngineConfig
+    from runtime.weights.cuda_driver import Driver
+    from runtime.weights.upload import DeviceWeights
+
+    model = read_model(directory)
+    assert not isinstance(model, ForeignModel)
+    plan, driver = plan_of(model), Driver()
+    weights = DeviceWeights(plan, driver)
+    torch.manual_seed(0)
+    for name, parts in weights.tensors().items():
+        for part in parts:
+            fill(name, part, model)
+    config = EngineConfig.of(
+        ModelSpec(id=task.model, source=str(directory)),
+        str(directory),
+        device="cuda",
+        max_model_len=task.max_model_len,
+        gpu_memory_utilization=0.95,
+        max_num_seqs=256 if task.standard else max(task.batches),
+        enable_prefix_caching=False,
+    )
+    memory = DeviceMemory(driver, weights, 1)
+    engine, _ = build_engine(config, directory, model, weights.tensors, "cuda", memory)
+    canary.ask(engine)
+    while engine.runner.use_idle_time():
+        pass
+    torch.cuda.synchronize()
+    return engine, model, plan
+
+
+def submit(engine: Engine, prompt: list[int], tokens: int, name: str) -> None:
+    from runtime.protocol import SamplingParams, Submit
+
+    sampling = SamplingParams(max_tokens=tokens, temperature=0.0)
+    engine.submit(Submit(request_id=name, prompt_token_ids=prompt, sampling=sampling))
+
+
+def decode_seconds(engine: Engine, batch: int, steps: int) -> float:
+    """The time of a step in which `batch` sequences decode."""
+    draw = random.Random(batch)
+    names = [f"{batch} {index}" for index in range(batch)]
+    for name in names:
+        submit(engine, random_ids(draw, PROMPT, engine.vocab_size), 4 * steps + 64, name)
+    while any(not each.sampled_here for each in engine.scheduler.running) or engine.scheduler.waiting:
+        engine.step()
+    for _ in range(8):
+        engine.step()
+    began = time.perf_counter()
+    for _ in range(steps):
+        engine.step()
+    took = (time.perf_counter() - began) / steps
+    engine.abort(names)
+    while engine.has_work:
+        engine.step()
+    return took
+
+
+def standard_rate(engine: Engine) -> float:
+    """Output tokens a second of the standard workload, all of it submitted at once."""
+    requests = STANDARD.requests(engine.vocab_size)
+    began = time.perf_counter()
+    for index, request in enumerate(requests):
+        submit(engine, request.prompt, request.max_tokens, str(index))
+    count = 0
+    while engine.has_work:
+        count += sum(len(delta.token_ids) for delta in engine.step().deltas)
+    if count != sum(request.max_tokens for request in requests):
+        raise BenchError(f"{count} tokens were generated, but not those that were asked for")
+    return count / (time.perf_counter() - began)
+
+
+def measure(task: Task) -> Found:
+    """Everything about one model."""
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder)
+        (directory / "config.json").write_text(json.dumps(config_of(task.model, task.layers)))
+        engine, model, plan = make_engine(task, directory)
+        ready = time.perf_counter() - began
+        config = model.config
+        blocks = engine.scheduler.blocks
+        tpot = {batch: decode_seconds(engine, batch, task.steps) for batch in task.batches}
+        if task.standard:
+            standard_rate(engine)  # a first time, which compiles and captures
+        return Found(
+            ready=ready,
+            step_bytes=step_bytes(model, plan),
+            kv_bytes=2 * config.num_layers * config.num_kv_heads * config.head_dim * 2,
+            weight_bytes=plan.read_bytes,
+            capacity=blocks.num_blocks * blocks.block_size,
+            layers=config.num_layers,
+            tpot=tpot,
+            standard=standard_rate(engine) if task.standard else None,
+        )
+
+
+def main() -> None:
+    """Serve one task."""
+    sys.path.append(str(ROOT))
+    import torch  # noqa: F401
+
+    import runtime.engine.build
+    import runtime.engine.device_memory
+    import runtime.engine.device_runner  # noqa: F401
+
+    if line := sys.stdin.readline():
+        print(json.dumps(asdict(measure(Task(**json.loads(line))))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
