@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -20,14 +21,15 @@ async def sleep(request: Request) -> Response:
     """Once nothing runs any more, free the device's memory; answered when that is done.
 
     `level`, in a JSON body or, as vLLM has it, in the query, is 1 (the weights wait in main memory) or 2
-    (in their files).
+    (in their files). All models sleep, or the one that is named.
     """
     level = request.query_params.get("level")
     asked = await _read(request, SleepRequest, {} if level is None else {"level": _number(level)})
     fleet: Fleet = request.app.state.fleet
-    client = fleet.find(asked.model).client
-    await client.sleep(asked.level)
-    return JSONResponse(lifecycle.health(client))
+    chosen = fleet.find(asked.model)
+    services = fleet.services if asked.model is None else [chosen]
+    await asyncio.gather(*(service.client.sleep(asked.level) for service in services))
+    return JSONResponse(lifecycle.health(chosen.client))
 
 
 async def wake(request: Request) -> Response:

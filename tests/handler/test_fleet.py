@@ -106,6 +106,9 @@ def test_one_can_be_sent_to_sleep_and_woken_by_name(server: Served, answers: dic
     assert call(server, "/wake", model="third")[1]["state"] == "warm"
     assert states(server)["second"] == "asleep"
     assert complete(server, "second") == answers["second"]
+    assert call(server, "/sleep")[0] == 200
+    assert "warm" not in states(server).values()
+    assert complete(server, "second") == answers["second"]
 
 
 def test_what_is_counted_is_told_by_model(server: Served, answers: dict[str, str]) -> None:
