@@ -225,6 +225,7 @@ def start(
 
         preparation.meet()
         group = enter(ranks, preparation.driver, _PATIENCE * config.stuck_after_s)
+        group.least(0)  # the first exchange makes connections: while weights are on their way
     if preparation.device == "cuda":
         _load_what_computes(preparation, group is None)
     preparation.finish()
@@ -246,10 +247,7 @@ def start(
         num_blocks=engine.scheduler.blocks.num_blocks,
         weight_bytes=preparation.plan.read_bytes,
         marks={**preparation.marks, "torch": torch_imported, "ready": marks.since_exec()},
-        counters={
-            "bytes_read": preparation.weights.num_bytes,
-            "kernels_compiled": _kernels_compiled(device),
-        },
+        counters={**_bytes(preparation, ranks), "kernels_compiled": _kernels_compiled(device)},
     )
     return engine, ready, sleeper
 
@@ -261,6 +259,18 @@ def _load_what_computes(preparation: Preparation, is_alone: bool) -> None:
 
         ProductsLoader(preparation.weights.tensors, num_rows=64).start()
     importlib.import_module("runtime.engine.device_runner")
+
+
+def _bytes(preparation: Preparation, ranks: Ranks | None) -> dict[str, int]:
+    """What was read from files, by all ranks together, and what the most burdened device was sent of it."""
+    read, sent = preparation.weights.num_bytes, preparation.plan.read_bytes
+    if ranks is None:
+        return {"bytes_read": read}
+    everyone = ranks.control.exchange([read, sent])
+    return {
+        "bytes_read": sum(each[0] for each in everyone),
+        "bytes_to_device": max(each[1] for each in everyone),
+    }
 
 
 def _kernels_compiled(device: str) -> int:

@@ -96,8 +96,6 @@ class Decoder:
         group: Group | None = None,
     ) -> None:
         self.config = config if group is None else config.of_rank(group.world_size)
-        if group is not None:
-            group.prepare(config.hidden_size, dtype)
         self.max_model_len = max_model_len
         self.embedding = Embedding(config, weights["embedding"][0], dtype, group)
         # A CPU's tapes hold no exchange with other ranks.

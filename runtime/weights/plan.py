@@ -51,6 +51,12 @@ class Piece:
         """Bytes this rank takes of the tensor."""
         return math.prod(self.shape) * self.tensor.item_bytes
 
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the rows that it takes something of."""
+        count = sum(last - first for first, last in self.rows)
+        return count * math.prod(self.tensor.shape[1:]) * self.tensor.item_bytes
+
 
 @dataclass(frozen=True)
 class PlannedParameter:
@@ -83,6 +89,11 @@ class Plan:
     def read_bytes(self) -> int:
         """Bytes that this rank takes from the files."""
         return sum(piece.num_bytes for parameter in self.parameters for piece in parameter.pieces)
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the files that are read for that: of rows that are cut, all."""
+        return sum(piece.file_bytes for parameter in self.parameters for piece in parameter.pieces)
 
 
 def make_plan(model: Model, tensors: dict[str, TensorInfo], rank: int = 0, world_size: int = 1) -> Plan:
@@ -119,13 +130,15 @@ def plan_all(tensors: dict[str, TensorInfo]) -> Plan:
 
 
 def check_world_size(config: ModelConfig, world_size: int) -> None:
-    """Refuse a tensor-parallel size that the model's heads or MLP do not divide by."""
-    fits = [n for n in range(1, config.num_heads + 1) if _divides(config, n)]
+    """Refuse a tensor-parallel size that the model's heads, MLP or quantised groups do not divide by."""
+    fits = [n for n in range(1, config.num_heads + 1) if _divides(config, n) and _keeps_groups(config, n)]
     if world_size not in fits:
+        quantization = config.quantization
+        groups = "" if quantization is None else f", weights in groups of {quantization.group_size}"
         raise PlanError(
             f"--tensor-parallel-size {world_size} does not fit this model ({config.num_heads} heads, "
             f"{config.num_kv_heads} key/value heads, "
-            f"MLP width {config.intermediate_size}). These sizes fit: {fits}."
+            f"MLP width {config.intermediate_size}{groups}). These sizes fit: {fits}."
         )
 
 
@@ -133,6 +146,15 @@ def _divides(config: ModelConfig, world_size: int) -> bool:
     kv_heads = config.num_kv_heads
     shares_kv = kv_heads % world_size == 0 or world_size % kv_heads == 0
     return config.num_heads % world_size == 0 and config.intermediate_size % world_size == 0 and shares_kv
+
+
+def _keeps_groups(config: ModelConfig, world_size: int) -> bool:
+    """Whether the inputs that share a scale stay together where layers are cut by their inputs."""
+    quantization = config.quantization
+    if world_size == 1 or quantization is None or quantization.group_size < 0 or not quantization.in_order:
+        return True
+    widths = (config.num_heads * config.head_dim, config.intermediate_size)
+    return all(width // world_size % quantization.group_size == 0 for width in widths)
 
 
 def _pieces(

@@ -38,7 +38,7 @@ class DeviceWeights:
     @property
     def num_bytes(self) -> int:
         """Bytes that are read from files."""
-        return self.plan.read_bytes
+        return self.plan.file_bytes
 
     def load(self, on_progress: Callable[[int], None]) -> None:
         """Fill the arena; returns when every byte is on the device. May be called again.

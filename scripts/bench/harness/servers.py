@@ -52,6 +52,7 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         "--model", metavar="MODEL", help="as for `firstlight serve` (default: the default model)"
     )
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N")
     parser.add_argument(
         "--serve-args", default="", metavar="ARGS", help="further arguments of `firstlight serve`, quoted"
     )
@@ -83,7 +84,8 @@ def model_folder(model: str | None) -> Path:
 
 def chosen(options: argparse.Namespace, folder: Path) -> list[Server]:
     """The servers that the flags ask for, this project's first."""
-    servers = [firstlight(folder, options.device, shlex.split(options.serve_args))]
+    size = ["--tensor-parallel-size", str(options.tensor_parallel_size)]
+    servers = [firstlight(folder, options.device, [*size, *shlex.split(options.serve_args)])]
     if options.peer_python is not None:
         servers.extend(llamacpp(options.peer_python, folder))
     for text in options.server:
