@@ -80,7 +80,7 @@ class _Steps:
         weights = Weights({each.name: tuple(_views(each, dtype)) for each in plan.parameters})
         self._config = config
         self._block_size = block_size
-        self._decoder = Decoder(config, Weights(weights), _MAX_LEN, dtype)
+        self._decoder = Decoder(config, weights, _MAX_LEN, dtype)
         shape = (2, 64, config.num_kv_heads, block_size, config.head_dim)
         self._cache = [
             LayerCache(*torch.empty(shape, dtype=dtype, device="cuda")) for _ in range(config.num_layers)
