@@ -36,6 +36,7 @@ from handler.openai.tokenize import Detokenize, Tokenize
 from handler.request_id import RequestIds
 from handler.service import Service
 from handler.settings import ServerSettings
+from handler.tracing import Tracing
 from handler.version import release
 from runtime.client import EngineClient, EngineUnavailable
 
@@ -53,9 +54,11 @@ def create_app(
     """
     service = Service(client, settings)
     fleet = Fleet([service, *(Service(EngineClient(other.engine), other) for other in others)])
+    endpoint = settings.otlp_traces_endpoint
+    tracing = Tracing(endpoint) if endpoint else None
     observers = [write_line] if settings.access_log else []
-    if service.tracing is not None:
-        observers.append(service.tracing.observe)
+    if tracing is not None:
+        observers.append(tracing.observe)
     middleware = [Middleware(RequestIds), Middleware(Recorded, observers), Middleware(HeaderLimits)]
     if settings.allowed_origins:
         middleware.append(_cross_origin(settings.allowed_origins))
@@ -95,6 +98,7 @@ def create_app(
     )
     app.state.service = service
     app.state.fleet = fleet
+    app.state.tracing = tracing
     app.state.end = end
     return app
 
@@ -140,9 +144,8 @@ async def _lifespan(app: Starlette) -> AsyncIterator[None]:
         closing = [client.close(grace if lifecycle.is_ready(client) else 0) for client in clients]
         await asyncio.gather(*closing)
         await asyncio.gather(*engines, *beside, return_exceptions=True)
-        for each in fleet.services:
-            if each.tracing is not None:
-                await asyncio.to_thread(each.tracing.close)
+        if app.state.tracing is not None:
+            await asyncio.to_thread(app.state.tracing.close)
 
 
 async def live(request: Request) -> Response:

@@ -12,7 +12,6 @@ from handler.metrics import Metrics
 from handler.openai.errors import ApiError
 from handler.settings import ServerSettings
 from handler.textroom import TextRoom
-from handler.tracing import Tracing
 from runtime.client import EngineClient
 
 if TYPE_CHECKING:
@@ -30,11 +29,8 @@ class Service:
     metrics: Metrics = field(default_factory=Metrics)
     activity: Activity = field(default_factory=Activity)
     fleet: Fleet | None = None
-    tracing: Tracing | None = field(init=False)
 
     def __post_init__(self) -> None:
-        endpoint = self.settings.otlp_traces_endpoint
-        self.tracing = Tracing(endpoint) if endpoint else None
         self.text = TextRoom(self.client, self.settings)
         self.admission = Admission(self.settings.max_queue)
 
