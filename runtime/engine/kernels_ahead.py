@@ -1,17 +1,21 @@
 """Compiles the kernels that an engine may need for a model, without a GPU and without the weights.
 
-    python -m runtime.engine.kernels_ahead MODEL_FOLDER [CAPABILITY ...]          into the user's cache
-    python -m runtime.engine.kernels_ahead image MODEL_FOLDER [CAPABILITY ...]    for an image to ship
+    python -m runtime.engine.kernels_ahead MODEL [CAPABILITY ...]          into the user's cache
+    python -m runtime.engine.kernels_ahead image MODEL [CAPABILITY ...]    for an image to ship
 
-The model's config.json is enough. Capabilities are 80, 89, 90 (the default), 100 and the like.
+MODEL is named as for `firstlight serve`; of its files only the configuration is fetched. Capabilities are
+80, 89, 90 (the default), 100 and the like.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import os
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -19,6 +23,7 @@ import torch
 import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from runtime.catalogue import find_catalogue, load_catalogue
 from runtime.engine.deferred import import_the_rest
 from runtime.errors import FirstlightError
 from runtime.kernels.batch import DeviceBatch
@@ -35,8 +40,10 @@ from runtime.model.decoder import Decoder
 from runtime.model.families import Model, read_model
 from runtime.model.layers import LayerCache, Weights
 from runtime.protocol import EngineConfig
+from runtime.weights import sources
 from runtime.weights.checkpoint import TensorInfo
 from runtime.weights.plan import Plan, PlannedParameter, make_plan
+from runtime.weights.sources.cache import default_cache_dir
 
 # Steps between whose kernels there is any difference, as (decoding sequences, lengths of new prompts).
 _STEPS: Sequence[tuple[int, tuple[int, ...]]] = (
@@ -48,13 +55,17 @@ _SLOTS = 256
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
+class NotAhead(FirstlightError):
+    """A model whose kernels cannot be compiled ahead."""
+
+
 def compile_kernels(directory: Path, capability: int) -> int:
-    """Fill Triton's cache for one kind of GPU; returns how many kernels were compiled."""
+    """Fill Triton's cache for one kind of GPU; returns how many kernels were compiled. Raises `NotAhead`."""
     model = read_model(directory)
     if not isinstance(model, Model):
-        raise FirstlightError(f"{directory}: this architecture runs through transformers, with its kernels.")
+        raise NotAhead(f"{model.architecture} runs through transformers, with the kernels of torch.")
     if model.config.quantization is not None:
-        raise FirstlightError(f"{directory}: the kernels of quantised weights cannot be compiled ahead.")
+        raise NotAhead("The kernels for quantised weights cannot be compiled ahead: a first start does that.")
     dtype = _DTYPES.get(model.torch_dtype, torch.bfloat16)
     before = cache.num_compiled()
     import_the_rest()
@@ -153,15 +164,38 @@ def _imagined(model: Model) -> dict[str, TensorInfo]:
     }
 
 
+@contextmanager
+def _configuration_of(name: str) -> Iterator[Path]:
+    """A folder with the model's configuration, fetched if it is not here."""
+    spec = load_catalogue(find_catalogue()).resolve(name)
+    folder = os.environ.get("FIRSTLIGHT_DOWNLOAD_DIR", default_cache_dir())
+    here = sources.locate(spec, Path(folder))
+    if here is not None:
+        yield here
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        arrival = sources.arrive(spec, Path(scratch), lambda progress: None)
+        try:
+            directory = arrival.directory
+        finally:
+            arrival.give_up()
+        yield directory
+
+
 def main(arguments: list[str]) -> int:
-    """Compile for the model in a folder and for each capability."""
+    """Compile a model's kernels for each capability."""
     if arguments[:1] == ["image"]:
         arguments = arguments[1:]
         triton.knobs.cache.dir = str(cache.SHIPPED)
-    directory, *capabilities = arguments
-    for capability in map(int, capabilities or ["90"]):
-        count = compile_kernels(Path(directory), capability)
-        print(f"{count} kernels compiled for capability {capability / 10:.1f}", file=sys.stderr)
+    name, *capabilities = arguments
+    with _configuration_of(name) as directory:
+        for capability in map(int, capabilities or ["90"]):
+            try:
+                count = compile_kernels(directory, capability)
+            except NotAhead as reason:
+                print(f"firstlight: no kernels are compiled ahead. {reason}", file=sys.stderr)
+                return 0
+            print(f"{count} kernels compiled for capability {capability / 10:.1f}", file=sys.stderr)
     return 0
 
 

@@ -66,6 +66,7 @@ class Arrival:
         self._ended = False
         self._stop = threading.Event()
         self._landing: Landing | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._thread = threading.Thread(target=self._run, name="arrival", daemon=True)
         self._thread.start()
 
@@ -100,6 +101,13 @@ class Arrival:
             raise self._error
         return self._landing is None or self._landing.verified()
 
+    def give_up(self) -> None:
+        """End the fetch; what has come stays in the cache, where the next fetch finds it."""
+        self._end(FirstlightError("The fetch was given up."))
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.close()
+        self._thread.join()
+
     def _run(self) -> None:
         for _ in range(_MAX_STARTS):
             status = self._fetch()
@@ -117,6 +125,7 @@ class Arrival:
         # It ends when its input does: with this process, however this one ends.
         with subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
+            self._process = process
             self._listen(process.stdout)
         return process.returncode
 

@@ -16,6 +16,7 @@ import pytest
 
 from runtime.client import EngineClient, EngineUnavailable
 from runtime.protocol import EngineConfig, SamplingParams, Submit
+from runtime.weights import sources
 from tests.runtime.sources.hub_server import HubServer
 from tests.runtime.sources.models import spec
 from tests.runtime.sources.s3_server import OpenDoor, upload
@@ -101,6 +102,22 @@ def test_text_can_be_read_while_the_weights_come_and_the_answer_is_right(
 
     asyncio.run(test())
     assert hub.body_bytes("/storage/") == (tiny_model / WEIGHTS).stat().st_size
+
+
+def test_a_fetch_that_is_given_up_leaves_what_came(hub: HubServer, tiny_model: Path, cache_dir: Path) -> None:
+    hub.add_repo("org/name", tiny_model)
+    held = Held(20_000)
+    hub.fail("/storage/", **held.fault())
+    arrival = sources.arrive(spec("hf://org/name"), cache_dir, lambda progress: None)
+    directory = arrival.directory
+    assert held.reached.wait(30)
+    arrival.give_up()
+    assert psutil.Process().children() == []
+    assert (directory / "config.json").read_bytes() == (tiny_model / "config.json").read_bytes()
+    assert not (directory / WEIGHTS).exists()
+    held.release()
+    assert sources.fetch(spec("hf://org/name"), cache_dir) == directory
+    assert (directory / WEIGHTS).read_bytes() == (tiny_model / WEIGHTS).read_bytes()
 
 
 @pytest.mark.parametrize("at", [3, 20, 30_000], ids=["header length", "header", "weights"])
