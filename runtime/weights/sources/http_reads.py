@@ -13,8 +13,6 @@ from urllib.parse import unquote, urlsplit
 
 import urllib3
 
-_READ_BYTES = 256 << 10
-
 
 class Connections:
     """Connections to any number of hosts, straight or through the proxies of the environment."""
@@ -66,9 +64,3 @@ class Connections:
         return urllib3.ProxyManager(
             proxy, maxsize=self._per_host, ssl_context=self._ssl_context, proxy_headers=login
         )
-
-
-def blocks(response: urllib3.BaseHTTPResponse) -> Iterator[bytes]:
-    """The body, in pieces that are cheap to handle."""
-    while block := response.read(_READ_BYTES):
-        yield block

@@ -16,7 +16,8 @@ import urllib3
 from runtime.weights.sources import retry
 from runtime.weights.sources.errors import SourceError
 from runtime.weights.sources.headers import body_range, retry_after
-from runtime.weights.sources.http_reads import Connections, blocks
+from runtime.weights.sources.http_reads import Connections
+from runtime.weights.sources.mover import Body
 from runtime.weights.sources.reference import Reference
 from runtime.weights.sources.remote import RangeReply, RemoteFile, Transient
 
@@ -97,7 +98,7 @@ class HubRemote:
                     # Signed addresses expire; the Hub gives out a new one.
                     raise Transient(f"HTTP status {response.status} from the storage behind the Hub")
                 offset, total = body_range(response.status, response.headers)
-                yield RangeReply(offset, total, blocks(response))
+                yield RangeReply(offset, total, Body(response, self._timeout))
         except (urllib3.exceptions.HTTPError, ConnectionError, TimeoutError) as error:
             raise Transient(str(error) or type(error).__name__) from error
 

@@ -6,9 +6,13 @@ import hashlib
 import os
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from runtime.weights.sources.journal import Journal
 from runtime.weights.sources.remote import RemoteFile
+
+if TYPE_CHECKING:
+    from runtime.weights.sources.mover import Body
 
 _READ_BYTES = 4 << 20
 _POLL_S = 0.005
@@ -60,15 +64,14 @@ class PartialFile:
         with self._lock:
             return self._done.missing(start, end)
 
-    def write(self, offset: int, block: bytes) -> None:
-        """Put a block in its place and record it."""
-        view = memoryview(block)
-        written = 0
-        while written < len(view):
-            written += os.pwrite(self._fd, view[written:], offset + written)
-        self._journal.append(self.file.name, offset, len(view))
-        with self._lock:
-            self._done.add(offset, offset + len(view))
+    def take(self, body: Body, offset: int, count: int) -> int:
+        """Put at most `count` of the body's next bytes in their place and record them; how many."""
+        moved = body.move(self._fd, offset, count)
+        if moved:
+            self._journal.append(self.file.name, offset, moved)
+            with self._lock:
+                self._done.add(offset, offset + moved)
+        return moved
 
     def forget(self) -> None:
         """Treat the whole file as missing. What comes instead goes into a new file, so that who has this

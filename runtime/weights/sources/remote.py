@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import msgspec
 
 from runtime.weights.sources.errors import SourceError
+
+if TYPE_CHECKING:
+    from runtime.weights.sources.mover import Body
 
 
 class RemoteFile(msgspec.Struct, frozen=True):
@@ -25,13 +28,13 @@ class RemoteFile(msgspec.Struct, frozen=True):
     git_sha1: str | None = None
 
 
-class RangeReply(msgspec.Struct):
-    """An answer to a ranged read. `offset` says where in the file `blocks` begin: a server that knows
+class RangeReply(NamedTuple):
+    """An answer to a ranged read. `offset` says where in the file `body` begins: a server that knows
     no ranges answers from 0. `total` is the file's size as this answer states it, if it does."""
 
     offset: int
     total: int | None
-    blocks: Iterator[bytes]
+    body: Body
 
 
 class Transient(Exception):
@@ -67,6 +70,6 @@ class Remote(Protocol):
     def open_range(self, file: RemoteFile, start: int, end: int) -> AbstractContextManager[RangeReply]:
         """Read [start, end) of a file; `end` > `start`. Called from many threads.
 
-        Raises Transient (also while `blocks` are read) for what another try may mend, SourceChanged
+        Raises Transient (also while `body` is read) for what another try may mend, SourceChanged
         when the file is not the one listed, SourceError for everything that is final.
         """

@@ -24,6 +24,7 @@ from runtime.weights.sources.cache import Entry, explained, model_dir, recall, r
 from runtime.weights.sources.errors import SourceError
 from runtime.weights.sources.fetching import OnProgress, bring
 from runtime.weights.sources.headers import body_range, retry_after
+from runtime.weights.sources.mover import Body
 from runtime.weights.sources.reference import Reference
 from runtime.weights.sources.remote import RangeReply, RemoteFile, SourceChanged, Transient
 from runtime.weights.sources.selection import SAFETENSORS_INDEX, is_small, is_weight_candidate
@@ -35,7 +36,6 @@ _MAX_LISTINGS = 3
 _MAX_ATTEMPTS = 3
 _CONNECT_TIMEOUT_S = 10
 _READ_TIMEOUT_S = 30
-_READ_BYTES = 256 << 10
 _NOT_FOUND = {"NoSuchBucket", "NoSuchKey", "404", "NotFound", "NoSuchAccessPoint"}
 _DENIED = {
     "AccessDenied",
@@ -157,7 +157,7 @@ class S3Remote:
                         raise self._changed(file)
                     meta = reply["ResponseMetadata"]
                     offset, total = body_range(meta["HTTPStatusCode"], _capitalised(meta["HTTPHeaders"]))
-                    yield RangeReply(offset, total, iter(lambda: body.read(_READ_BYTES), b""))
+                    yield RangeReply(offset, total, Body(body, _READ_TIMEOUT_S))
             except ClientError as error:
                 meta = error.response.get("ResponseMetadata", {})
                 status = meta.get("HTTPStatusCode", 0)

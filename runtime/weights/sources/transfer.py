@@ -15,7 +15,7 @@ from runtime.weights.sources.remote import RangeReply, Remote, RemoteFile, Trans
 
 # One ranged read asks for this much; a killed process loses at most one block of it per connection.
 RANGE_BYTES = 16 << 20
-BLOCK_BYTES = 256 << 10
+BLOCK_BYTES = 2 << 20
 # A file is verified by one thread, from its beginning on: so that many files are brought at once.
 FILES_AT_ONCE = 8
 _REPORT_S = 0.1
@@ -195,19 +195,10 @@ class _Round:
                 f"{file.file.size}. It changed, or a proxy answers in its place; start again.",
             )
         position = reply.offset
-        waiting = b""
-        try:
-            for block in reply.blocks:
-                if self._stop.is_set():
-                    raise Stopped
-                waiting = (waiting + block if waiting else block)[: end - position]
-                if len(waiting) >= BLOCK_BYTES or position + len(waiting) == end:
-                    file.write(position, waiting)
-                    position += len(waiting)
-                    waiting = b""
-                if position == end:
-                    return
-        finally:
-            if waiting:
-                file.write(position, waiting)
-        raise Transient("the connection was closed early")
+        while position < end:
+            if self._stop.is_set():
+                raise Stopped
+            moved = file.take(reply.body, position, min(end - position, BLOCK_BYTES))
+            if not moved:
+                raise Transient("the connection was closed early")
+            position += moved

@@ -19,6 +19,7 @@ from typing import IO, Any
 import pytest
 
 from runtime.weights.sources import SourceError, fetch, locate
+from runtime.weights.sources import transfer as transfer_module
 from tests.runtime.sources.hub_server import HubServer
 from tests.runtime.sources.models import NEEDED, contents, model_files, spec
 from tests.runtime.sources.s3_server import OpenDoor, upload
@@ -179,7 +180,7 @@ def test_a_torn_last_record_costs_one_block_at_most(hub: HubServer, cache_dir: P
     (records,) = cache_dir.rglob("*.partial/records")
     records.write_bytes(records.read_bytes()[:-cut])
     assert contents(fetch(SPEC, cache_dir))["model.safetensors"] == files["model.safetensors"]
-    assert hub.body_bytes("/storage/") <= SIZE // 2 + (256 << 10)
+    assert hub.body_bytes("/storage/") <= SIZE // 2 + transfer_module.BLOCK_BYTES
 
 
 def test_bytes_that_rotted_in_the_partial_file_are_noticed(hub: HubServer, cache_dir: Path) -> None:
