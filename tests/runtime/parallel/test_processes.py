@@ -11,6 +11,8 @@ import psutil
 import pytest
 
 from runtime.client import EngineUnavailable
+from runtime.protocol import Grammar, SamplingParams, Submit
+from runtime.text import grammar as grammars
 from tests.runtime.test_client import config, run, running, submit, tokens_of, until
 
 
@@ -80,5 +82,34 @@ def test_a_size_that_does_not_fit(tiny_model: Path) -> None:
             with pytest.raises(EngineUnavailable, match=r"3 does not fit .* These sizes fit: \[1, 2, 4\]"):
                 await client.wait_ready()
             assert (client.state, client.restarts) == ("failed", 0)
+
+    run(test())
+
+
+def test_ranks_sleep_wake_and_follow_grammars_together(tiny_model: Path) -> None:
+    def constrained(name: str, pattern: str) -> Submit:
+        grammar = Grammar(grammars.source(grammars.regex(pattern)), "guided_regex")
+        sampling = SamplingParams(max_tokens=40, seed=3, stop_token_ids=(258,), grammar=grammar)
+        return Submit(request_id=name, prompt_token_ids=[70, 71, 72], sampling=sampling)
+
+    async def test() -> None:
+        answers = []
+        for world_size in (1, 2):
+            async with running(config(tiny_model, world_size=world_size)) as client:
+                free = [submit(client, f"free{n}", 30) for n in range(3)]
+                bound = [
+                    client.submit(constrained(f"bound{n}", f"[a-{'xyz'[n]}]{{{n + 4}}}")) for n in range(3)
+                ]
+                left = client.submit(constrained("left", "[0-9]{30}"))
+                left.close()
+                texts = [await tokens_of(stream) for stream in (*free, *bound)]
+                for level in (1, 2):
+                    await client.sleep(level)  # type: ignore[arg-type]
+                    again = client.submit(constrained(f"again{level}", "(yes|no)"))
+                    texts += [await tokens_of(again), await tokens_of(submit(client, f"free-{level}", 30))]
+                answers.append(texts)
+                assert (client.restarts, client.wakes) == (0, 2)
+        assert answers[0] == answers[1]
+        assert [len(text) for text in answers[0][3:6]] == [4, 5, 6]
 
     run(test())
