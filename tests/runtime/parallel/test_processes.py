@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 from pathlib import Path
 
 import psutil
 import pytest
 
 from runtime.client import EngineUnavailable
+from runtime.processes import TOKEN
 from runtime.protocol import Grammar, SamplingParams, Submit
 from runtime.text import grammar as grammars
 from tests.runtime.test_client import config, run, running, submit, tokens_of, until
@@ -111,5 +113,26 @@ def test_ranks_sleep_wake_and_follow_grammars_together(tiny_model: Path) -> None
                 assert (client.restarts, client.wakes) == (0, 2)
         assert answers[0] == answers[1]
         assert [len(text) for text in answers[0][3:6]] == [4, 5, 6]
+
+    run(test())
+
+
+def test_a_launcher_spreads_the_ranks(endless_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two hosts, as far as their environment says; each starts the rank that is its own."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    launcher = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), TOKEN: "a secret"}
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    settings = config(endless_model, world_size=2)
+
+    async def test() -> None:
+        monkeypatch.setenv("RANK", "1")
+        async with running(settings) as second:
+            await until(lambda: bool(second.pids))
+            monkeypatch.setenv("RANK", "0")
+            async with running(settings) as first:
+                assert len(await tokens_of(submit(first, "it", 20))) == 20
+                assert (len(first.pids), len(second.pids), second.state) == (1, 1, "loading")
 
     run(test())
