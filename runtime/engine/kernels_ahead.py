@@ -10,7 +10,6 @@ MODEL is named as for `firstlight serve`; of its files only the configuration is
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import sys
 import tempfile
@@ -41,7 +40,7 @@ from runtime.model.families import Model, read_model
 from runtime.model.layers import LayerCache, Weights
 from runtime.protocol import EngineConfig
 from runtime.weights import sources
-from runtime.weights.checkpoint import TensorInfo
+from runtime.weights.imagined import imagined_checkpoint
 from runtime.weights.plan import Plan, PlannedParameter, make_plan
 from runtime.weights.sources.cache import default_cache_dir
 
@@ -70,7 +69,7 @@ def compile_kernels(directory: Path, capability: int) -> int:
     before = cache.num_compiled()
     import_the_rest()
     with compiling_for(capability), FakeTensorMode(), torch.inference_mode():
-        steps = _Steps(model, make_plan(model, _imagined(model)), dtype, _block_size())
+        steps = _Steps(model, make_plan(model, imagined_checkpoint(model)), dtype, _block_size())
         for num_decodes, prompts in _STEPS:
             for num_splits in _SPLITS:
                 steps.sample(steps.forward(num_decodes, prompts, num_splits))
@@ -153,15 +152,6 @@ def _views(parameter: PlannedParameter, dtype: torch.dtype) -> Iterator[torch.Te
     for pieces in [parameter.pieces] if parameter.stacked else [(piece,) for piece in parameter.pieces]:
         rows = sum(piece.shape[0] for piece in pieces)
         yield torch.empty((rows, *pieces[0].shape[1:]), dtype=dtype, device="cuda")
-
-
-def _imagined(model: Model) -> dict[str, TensorInfo]:
-    """The checkpoint that config.json implies."""
-    parts = [part for parameter in model.parameters for part in parameter.parts]
-    return {
-        part.tensor: TensorInfo(part.tensor, "BF16", part.shape, Path("none"), 0, 2 * math.prod(part.shape))
-        for part in parts
-    }
 
 
 @contextmanager

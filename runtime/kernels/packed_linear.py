@@ -36,6 +36,8 @@ def packed_linear(x: torch.Tensor, weights: PackedLinear, with_silu_mul: bool = 
     matrix = weights.matrix
     if matrix.order is not None:
         x = x[:, matrix.order]
+    if x.shape[0] >= DEQUANTIZE_ROWS and matrix.narrow_rows and _multiplies_e4m3(x.device):
+        return _narrow_linear(x, matrix, weights.bias)
     if x.shape[0] >= DEQUANTIZE_ROWS or x.shape[0] == 0:
         weight = dequantize(matrix, x.new_empty((matrix.out_features, matrix.in_features)))
         return F.linear(x, weight, weights.bias)
@@ -46,6 +48,27 @@ def packed_linear(x: torch.Tensor, weights: PackedLinear, with_silu_mul: bool = 
     return packed_tiles(x, matrix, out, config, shared_workspace(x.device), weights.bias)
 
 
+def _narrow_linear(x: torch.Tensor, matrix: PackedMatrix, bias: torch.Tensor | None) -> torch.Tensor:
+    """The product of e4m3 weights with rows that are rounded to e4m3 as well, each with its own scale."""
+    from runtime.kernels.gpu.narrow import narrow_rows
+
+    scales = torch.empty((x.shape[0], 1), dtype=torch.float32, device=x.device)
+    rows = narrow_rows(x.contiguous(), torch.empty_like(x, dtype=torch.float8_e4m3fn), scales)
+    y = torch._scaled_mm(
+        rows, matrix.values.t(), scale_a=scales, scale_b=matrix.scales.t(), out_dtype=torch.bfloat16
+    ).to(x.dtype)
+    return y if bias is None else y.add_(bias)
+
+
+@functools.cache
+def _multiplies_e4m3(device: torch.device) -> bool:
+    """Whether the device's tensor cores take e4m3: from Ada Lovelace and Hopper on."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 @functools.cache
 def _num_sms(device: torch.device) -> int:
+    """Multiprocessors of the device; of an H100 where kernels are compiled ahead for an absent GPU."""
+    if not torch.cuda.is_available():
+        return 132
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -14,6 +14,8 @@ if not torch.cuda.is_available():
 import transformers
 
 from runtime.kernels import packed_linear
+from runtime.protocol import Event, Wake
+from tests.gpu.test_sleep import fall_asleep, make
 from tests.runtime.engine.test_against_transformers import differences, make_engine
 from tests.runtime.model.checkpoints import of_transformers
 from tests.runtime.model.references.packing import quantise
@@ -54,3 +56,18 @@ def test_answers_are_those_of_the_weights_that_are_meant(
                 noise = float((half(tokens.cuda()).logits[0, -1].float().cpu() - row).abs().max())
             margin = float(row.max() - row[told[each][place]])
             assert margin < 3 * noise, f"{each} leaves the reference at {place} by {margin}, noise {noise}"
+
+
+@pytest.mark.parametrize("name", ["GPTQ Int8", "GPTQ Int4 with zero points", "AWQ", "FP8 in blocks"])
+def test_asleep_and_awake_the_answers_are_the_same(name: str, tmp_path: Path) -> None:
+    of_transformers("Qwen2", tmp_path, **SIZES)
+    quantise(tmp_path, FORMATS[name])
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"torch_dtype": "float16"}))
+    events: list[Event] = []
+    engine, sleeper = make(tmp_path, events)
+    before = answers_of(engine, *PROMPTS)
+    for level in (2, 1, 2):
+        fall_asleep(sleeper, level)
+        sleeper.take(Wake())
+        assert answers_of(engine, *PROMPTS) == before

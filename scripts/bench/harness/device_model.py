@@ -24,15 +24,11 @@ if TYPE_CHECKING:
 
     from runtime.engine.core import Engine
     from runtime.model.families import Model
-    from runtime.model.layout import Parameter
-    from runtime.weights.checkpoint import TensorInfo
     from runtime.weights.plan import Plan
 
 STEPS = 48
 PROMPT = 128
-_PROJECTIONS = ("qkv", "o", "gate_up", "down")
 _LAYERS = ("num_hidden_layers", "num_layers")
-_DTYPES = {"bfloat16": "BF16", "float16": "F16"}
 _STANDARD_DEVIATION = 0.02
 
 
@@ -71,37 +67,12 @@ def config_of(name: str, layers: int = 0) -> dict[str, Any]:
     return config
 
 
-def parameters_of(model: Model) -> tuple[dict[str, TensorInfo], list[Parameter]]:
-    """What the headers of the model's files would say, and the parameters as those spell them."""
-    from runtime.model.quantization import spelled
-    from runtime.weights.checkpoint import TensorInfo
-
-    quantization = model.config.quantization
-    floats = _DTYPES[model.config.torch_dtype]
-
-    def info(name: str, dtype: str, shape: tuple[int, ...]) -> TensorInfo:
-        return TensorInfo(name, dtype, shape, Path(), 0, 0)
-
-    names = {}
-    for parameter in model.parameters:
-        for part in parameter.parts:
-            quantised = quantization is not None and parameter.name.rpartition(".")[2] in _PROJECTIONS
-            name = f"{part.tensor.removesuffix('.weight')}.qweight" if quantised else part.tensor
-            names[name] = info(name, floats, part.shape)
-    parameters = [each for one in model.parameters for each in spelled(one, names, quantization)]
-    tensors = {
-        part.tensor: info(part.tensor, "I32" if part.holds == "int32" else floats, part.shape)
-        for parameter in parameters
-        for part in parameter.parts
-    }
-    return tensors, parameters
-
-
 def plan_of(model: Model) -> Plan:
     """The plan of loading what there is no file of."""
+    from runtime.weights.imagined import imagined_checkpoint
     from runtime.weights.plan import make_plan
 
-    return make_plan(model, parameters_of(model)[0])
+    return make_plan(model, imagined_checkpoint(model))
 
 
 def fill(name: str, tensor: torch.Tensor, model: Model) -> None:
