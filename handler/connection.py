@@ -12,6 +12,8 @@ from typing import Any
 from starlette.types import Scope
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from handler.openai.errors import ApiError
+
 _KEY = "connection"
 
 
@@ -21,6 +23,13 @@ class Connection(H11Protocol):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self.app_state = {**self.app_state, _KEY: self}
+
+    def send_400_response(self, msg: str) -> None:
+        """What is no HTTP is refused as everything else is."""
+        body = ApiError(400, msg, code="invalid_http").encoded()
+        head = b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: %d\r\n"
+        self.transport.write(head % len(body) + b"connection: close\r\n\r\n" + body)
+        self.transport.close()
 
     async def write_piece(self, data: bytes) -> None:
         """Send a piece of the body of an answer that has begun, and has no `content-length`.

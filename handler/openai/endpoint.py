@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 import traceback
 from contextlib import aclosing
 from typing import Any, Protocol
@@ -26,6 +27,8 @@ from runtime.text.sequence import Sequence, TextDelta
 # loads, the client is told within a second that somebody is there.
 _PATIENCE_LOADING_SECONDS = 1.0
 _PATIENCE_WARM_SECONDS = 10.0
+# Proxies hang up on connections that are silent for a minute or half of it.
+_PATIENCE_ANSWERING_SECONDS = 15.0
 _STOPPING = ApiError(503, "The server is shutting down.", code="shutting_down", retry_after=5)
 
 
@@ -110,20 +113,20 @@ class Endpoint:
     async def _respond(
         self, answer: Answer, ticket: Ticket, events: EventStream, send: Send, record: Record
     ) -> None:
-        reassuring = asyncio.create_task(self._reassure(events)) if answer.stream else None
+        reassuring = asyncio.create_task(self._reassure(events, record)) if answer.stream else None
         sequences: list[Sequence] = []
         try:
             async with self.service.place():
                 sequences = await answer.prepare()
-                await self._generate(answer, sequences, ticket, events, record, reassuring)
-            if answer.stream:
-                await events.end(answer.last())
-            else:
-                await send_bytes(send, 200, answer.whole())
+                await self._generate(answer, sequences, ticket, events, record)
         finally:
             if reassuring is not None:
-                reassuring.cancel()
+                reassuring.cancel()  # nothing may come behind the end
             _note(record, sequences)
+        if answer.stream:
+            await events.end(answer.last())
+        else:
+            await send_bytes(send, 200, answer.whole())
 
     async def _generate(
         self,
@@ -132,7 +135,6 @@ class Endpoint:
         ticket: Ticket,
         events: EventStream,
         record: Record,
-        reassuring: asyncio.Task[None] | None,
     ) -> None:
         metrics = self.service.metrics
         metrics.asked(sequences)
@@ -142,8 +144,6 @@ class Endpoint:
                 now = record.elapsed
                 if last is None:
                     self._begin(record, sequences, batch, ticket)
-                    if reassuring is not None:
-                        reassuring.cancel()
                 else:
                     metrics.inter_token.observe(now - last)
                 last = now
@@ -171,15 +171,20 @@ class Endpoint:
         ticket.begin()
         lifecycle.note_first_token(self.service.client)
 
-    async def _reassure(self, events: EventStream) -> None:
-        """Until it is cancelled, tell a client that waits for its first token what it waits for."""
-        waited = 0.0
-        while True:
+    async def _reassure(self, events: EventStream, record: Record) -> None:
+        """Until it is cancelled, tell a client that waits for its next token what it waits for."""
+        client, waited = self.service.client, 0.0
+        while record.ttft is None:
             await asyncio.sleep(1.0)
             waited += 1.0
-            warm = self.service.client.state == "warm"
-            if events.begun or waited >= (_PATIENCE_WARM_SECONDS if warm else _PATIENCE_LOADING_SECONDS):
-                await events.comment(lifecycle.describe(self.service.client))
+            patience = _PATIENCE_WARM_SECONDS if client.state == "warm" else _PATIENCE_LOADING_SECONDS
+            if record.ttft is None and (events.begun or waited >= patience):
+                await events.comment(lifecycle.describe(client))
+        while True:
+            left = events.written + _PATIENCE_ANSWERING_SECONDS - time.monotonic()
+            if left <= 0:
+                await events.comment(lifecycle.describe(client))
+            await asyncio.sleep(max(0.1, left))
 
 
 def _note(record: Record, sequences: list[Sequence]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from starlette.types import Scope, Send
 
 from handler.asgi import send_headers
@@ -22,6 +24,7 @@ class EventStream:
         self._send = send
         self._connection = connection_of(scope)
         self.begun = False
+        self.written = time.monotonic()  # when the last piece was
 
     async def _begin(self) -> None:
         if not self.begun:
@@ -31,6 +34,7 @@ class EventStream:
     async def write(self, events: bytes) -> None:
         """Send whole events."""
         await self._begin()
+        self.written = time.monotonic()
         if self._connection is not None:
             await self._connection.write_piece(events)
         else:

@@ -83,6 +83,16 @@ class TestWhileLoading:
         assert loading.complete("x" * 600, stream=True).error["code"] == "context_length_exceeded"
 
 
+def test_an_answer_that_pauses_keeps_its_connection(
+    make_server: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("handler.openai.endpoint._PATIENCE_ANSWERING_SECONDS", 0.1)
+    server = make_server(prepare=never_ending)
+    with server.open_stream() as sock, sock.makefile("rb") as lines:
+        assert any(b'"content":"' in line for line in lines)
+        assert any(line == b": waiting\n" for line in lines)
+
+
 class TestLeaving:
     def test_a_stream_that_is_left_is_aborted(self, make_server: Callable[..., Server]) -> None:
         server = make_server(prepare=never_ending)

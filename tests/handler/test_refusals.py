@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,17 @@ def test_bodies_that_are_no_request(server: Server, body: bytes) -> None:
         reply = server.post(path, body)
         assert reply.status == 400
         assert reply.error["message"]
+
+
+def test_what_is_no_http(server: Server) -> None:
+    with (
+        socket.create_connection(("127.0.0.1", server.port), timeout=10) as sock,
+        sock.makefile("rb") as answer,
+    ):
+        sock.sendall(b"GET / HTTP/1.1\r\nno header\r\n\r\n")
+        head, _, body = answer.read().partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert json.loads(body)["error"]["code"] == "invalid_http"
 
 
 def test_deep_nesting_is_refused_whatever_it_means(server: Server) -> None:
