@@ -101,7 +101,7 @@ class DeviceRunner:
         return Workspace.allocate(max(rows, prefill.logs.numel()), config.head_dim, tiles, device)
 
     def _decode_splits(self, batch: int) -> int:
-        return splits_for(batch, self._config.num_kv_heads, self._max_model_len, self._num_sms)
+        return splits_for(batch, self._config.num_kv_heads, self._max_model_len)
 
     @property
     def steps_ahead(self) -> int:

@@ -54,7 +54,7 @@ def shape_of(model: str, block_size: int = 16, dtype: torch.dtype = torch.bfloat
 
 def decode(paged: Paged, num_splits: int | None = None, **features: Any) -> torch.Tensor:
     shape, batch = paged.shape, len(paged.seq_lens)
-    splits = num_splits or splits_for(batch, shape.num_kv_heads, max(paged.seq_lens), NUM_SMS)
+    splits = num_splits or splits_for(batch, shape.num_kv_heads, max(paged.seq_lens))
     workspace = decode_workspace(batch, shape.num_heads, shape.num_kv_heads, shape.head_dim, splits, "cuda")
     return paged_decode(
         paged.q,

@@ -22,8 +22,11 @@ from runtime.kernels.gpu.attention_tile import (
     merge_splits,
 )
 
-# A split of fewer keys than this costs more to merge than it saves.
-MIN_SPLIT_KEYS = 128
+# Splits of fewer keys cost more to merge than they save; the more programs there are anyway, the more so.
+_MIN_SPLIT_KEYS = (128, 1024)
+_MIN_SPLIT_KEYS_PER_PROGRAM = 8
+# A program without keys ends at once, but many of them add up.
+_MAX_PROGRAMS = 4096
 MAX_SPLITS = 64
 # How many float32 of partial results a program holds at once while it merges: 32 registers a thread.
 _MERGE_ELEMENTS_PER_WARP = 1024
@@ -45,13 +48,19 @@ def decode_config(head_dim: int, element_size: int) -> DecodeConfig:
     return DecodeConfig(64 if head_dim <= 128 else 32, 4, 3)
 
 
-def splits_for(batch: int, num_kv_heads: int, max_len: int, num_sms: int) -> int:
-    """How many splits to capture a graph with: enough programs to fill the device, but no crumbs.
+def min_split_keys(batch: int, num_kv_heads: int) -> int:
+    """The fewest keys that a program takes, unless its sequence has fewer. From times on an H100."""
+    fewest, most = _MIN_SPLIT_KEYS
+    return max(fewest, min(_MIN_SPLIT_KEYS_PER_PROGRAM * batch * num_kv_heads, most))
+
+
+def splits_for(batch: int, num_kv_heads: int, max_len: int) -> int:
+    """How many splits to capture a graph with; short sequences leave most of theirs unused.
 
     `max_len` is the longest that a sequence may become while the graph is in use.
     """
-    wanted = -(-4 * num_sms // (batch * num_kv_heads))
-    return max(1, min(wanted, max_len // MIN_SPLIT_KEYS, MAX_SPLITS))
+    useful = max_len // min_split_keys(batch, num_kv_heads)
+    return max(1, min(useful, _MAX_PROGRAMS // (batch * num_kv_heads), MAX_SPLITS))
 
 
 def decode_workspace(
@@ -62,7 +71,7 @@ def decode_workspace(
 
 
 @triton.jit(
-    do_not_specialize=["table_stride"],
+    do_not_specialize=["table_stride", "min_keys"],
     do_not_specialize_on_alignment=[
         *("block_tables", "table_rows", "seq_lens", "alibi_slopes", "query_scale")
     ],
@@ -84,6 +93,7 @@ def _decode_kernel(
     out_stride: tl.tensor,
     table_stride: tl.tensor,
     block_stride: tl.tensor,
+    min_keys: tl.tensor,
     scale: tl.tensor,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
@@ -91,7 +101,6 @@ def _decode_kernel(
     PADDED_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    MIN_TILES: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
     MERGE_ROWS: tl.constexpr,
@@ -106,7 +115,7 @@ def _decode_kernel(
     if WINDOW > 0:
         first = tl.maximum(seq_len - WINDOW, 0) // BLOCK_N * BLOCK_N
     tiles = tl.cdiv(seq_len - first, BLOCK_N)
-    tiles_per_split = tl.maximum(tl.cdiv(tiles, num_splits), MIN_TILES)
+    tiles_per_split = tl.maximum(tl.cdiv(tiles, num_splits), tl.cdiv(min_keys, BLOCK_N))
     # A padding row has no tiles: its one program writes the zeros that acc begins with.
     active = tl.maximum(tl.cdiv(tiles, tiles_per_split), 1)
     if split >= active:
@@ -205,14 +214,14 @@ def paged_decode(
     _decode_kernel[(num_kv_heads, batch, num_splits)](
         q, keys, values, block_tables, table_rows, seq_lens, out, alibi_slopes, query_scale,
         workspace.partials, workspace.logs, workspace.counters,
-        q.stride(0), out.stride(0), block_tables.stride(0), keys.stride(0), scale,
+        q.stride(0), out.stride(0), block_tables.stride(0), keys.stride(0),
+        min_split_keys(batch, num_kv_heads), scale,
         GROUP=group,
         ROWS=max(16, merge_rows),
         HEAD_DIM=head_dim,
         PADDED_DIM=padded_dim,
         BLOCK_SIZE=block_size,
         BLOCK_N=config.block_n,
-        MIN_TILES=triton.cdiv(MIN_SPLIT_KEYS, config.block_n),
         SOFTCAP=softcap,
         WINDOW=window,
         MERGE_ROWS=merge_rows,

@@ -90,7 +90,7 @@ class DecodeCase:
 
     def default_splits(self) -> int:
         """As for a graph in which no sequence may grow beyond 8192 tokens."""
-        return splits_for(len(self.seq_lens), NUM_KV_HEADS, 8192, self.pool.num_sms)
+        return splits_for(len(self.seq_lens), NUM_KV_HEADS, 8192)
 
     def step(self, num_splits: int, config: DecodeConfig | None = None) -> None:
         keys, values = self.pool.views(self.block_size)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from runtime.kernels.gpu.attention_decode import (
-    MIN_SPLIT_KEYS,
     decode_workspace,
+    min_split_keys,
     paged_decode,
     paged_decode_torch,
     splits_for,
@@ -126,8 +126,9 @@ def test_a_workspace_that_is_too_small_is_refused() -> None:
 
 @pytest.mark.parametrize(("batch_size", "num_kv_heads", "max_len"), [(1, 8, 8192), (8, 8, 4096), (3, 2, 300)])
 def test_splits_fill_the_device_without_crumbs(batch_size: int, num_kv_heads: int, max_len: int) -> None:
-    splits = splits_for(batch_size, num_kv_heads, max_len, num_sms=132)
-    assert 1 < splits <= max_len // MIN_SPLIT_KEYS
-    assert splits_for(256, num_kv_heads, max_len, num_sms=132) <= splits
-    assert splits_for(batch_size, num_kv_heads, MIN_SPLIT_KEYS, num_sms=132) == 1
-    assert splits_for(1000, num_kv_heads, max_len, num_sms=132) == 1
+    splits = splits_for(batch_size, num_kv_heads, max_len)
+    fewest = min_split_keys(batch_size, num_kv_heads)
+    assert 1 < splits <= max_len // fewest
+    assert splits_for(256, num_kv_heads, max_len) <= splits
+    assert splits_for(batch_size, num_kv_heads, fewest) == 1
+    assert splits_for(4000, num_kv_heads, max_len) == 1
