@@ -22,12 +22,9 @@ from runtime.kernels.gpu.attention_tile import (
     merge_splits,
 )
 
-# Splits of fewer keys cost more to merge than they save; the more programs there are anyway, the more so.
-_MIN_SPLIT_KEYS = (128, 1024)
-_MIN_SPLIT_KEYS_PER_PROGRAM = 8
 # A program without keys ends at once, but many of them add up.
 _MAX_PROGRAMS = 4096
-MAX_SPLITS = 64
+MAX_SPLITS = 16
 # How many float32 of partial results a program holds at once while it merges: 32 registers a thread.
 _MERGE_ELEMENTS_PER_WARP = 1024
 
@@ -49,9 +46,11 @@ def decode_config(head_dim: int, element_size: int) -> DecodeConfig:
 
 
 def min_split_keys(batch: int, num_kv_heads: int) -> int:
-    """The fewest keys that a program takes, unless its sequence has fewer. From times on an H100."""
-    fewest, most = _MIN_SPLIT_KEYS
-    return max(fewest, min(_MIN_SPLIT_KEYS_PER_PROGRAM * batch * num_kv_heads, most))
+    """The fewest keys that a program takes, unless its sequence has fewer: splits of fewer cost more to
+    merge than they save, the more so the more programs there are anyway. From times on an H100, of equal,
+    ragged and skewed lengths."""
+    programs = batch * num_kv_heads
+    return max(256, min(16 * programs, 1024), min(2 * programs, 2048))
 
 
 def splits_for(batch: int, num_kv_heads: int, max_len: int) -> int:
