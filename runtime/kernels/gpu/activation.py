@@ -7,6 +7,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from runtime.kernels.gpu.launch import kernel
+
 _BLOCK = 1024
 
 
@@ -26,6 +28,7 @@ def _gated(gate_up: torch.Tensor, out: torch.Tensor, gelu: bool) -> torch.Tensor
     return out
 
 
+@kernel
 @triton.jit
 def _gated_kernel(gate_up_ptr, out_ptr, N: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)

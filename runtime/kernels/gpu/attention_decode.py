@@ -21,6 +21,7 @@ from runtime.kernels.gpu.attention_tile import (
     attend_torch,
     merge_splits,
 )
+from runtime.kernels.gpu.launch import kernel
 
 # A program without keys ends at once, but many of them add up.
 _MAX_PROGRAMS = 4096
@@ -69,6 +70,7 @@ def decode_workspace(
     return Workspace.allocate(batch * num_heads * num_splits, head_dim, batch * num_kv_heads, device)
 
 
+@kernel
 @triton.jit(
     do_not_specialize=["table_stride", "min_keys"],
     do_not_specialize_on_alignment=[

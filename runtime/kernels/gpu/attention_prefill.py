@@ -25,6 +25,7 @@ from runtime.kernels.gpu.attention_tile import (
     attend_torch,
     merge_splits,
 )
+from runtime.kernels.gpu.launch import kernel
 
 # A split of fewer keys than this costs more to merge than it saves.
 MIN_SPLIT_KEYS = 512
@@ -84,6 +85,7 @@ def prefill_workspace(
     )
 
 
+@kernel
 @triton.jit(
     do_not_specialize=["table_stride"],
     do_not_specialize_on_alignment=[

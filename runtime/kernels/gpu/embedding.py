@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from runtime.kernels.gpu.launch import kernel
+
 _BLOCK = 1024
 
 
@@ -32,6 +34,7 @@ def embedding(
     return out
 
 
+@kernel
 @triton.jit(do_not_specialize=["first_id", "num_rows"], do_not_specialize_on_alignment=["token_ids_ptr"])
 def _embedding_kernel(
     token_ids_ptr,

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from runtime.kernels.gpu.activation import silu
+from runtime.kernels.gpu.launch import kernel
 
 MAX_ROWS = 16
 _PADDED_ROWS = tl.constexpr(16)
@@ -102,6 +103,7 @@ def gemv(
     return out
 
 
+@kernel
 @triton.jit
 def _one_row_kernel(
     x_ptr,
@@ -147,6 +149,7 @@ def _one_row_kernel(
     tl.store(out_ptr + output, y, inside)
 
 
+@kernel
 @triton.jit(do_not_specialize=["num_rows"])
 def _few_rows_kernel(
     x_ptr,

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from runtime.kernels.gpu.launch import kernel
+
 # How many elements of a token one program norms at once, of queries and keys: a power of two.
 _TILE = 2048
 
@@ -41,6 +43,7 @@ def add_rms_norm(
     return out
 
 
+@kernel
 @triton.jit
 def _add_rms_norm_kernel(
     x_ptr,
@@ -115,6 +118,7 @@ def head_rms_norm(
     )
 
 
+@kernel
 @triton.jit
 def _head_rms_norm_kernel(
     qkv_ptr,

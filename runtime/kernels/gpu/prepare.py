@@ -15,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
+from runtime.kernels.gpu.launch import kernel
+
 _BLOCK = 128
 
 
@@ -53,6 +55,7 @@ def prepare_decode(
     )
 
 
+@kernel
 @triton.jit(
     do_not_specialize=["batch", "table_stride"],
     do_not_specialize_on_alignment=[
@@ -123,6 +126,7 @@ def apply_updates(updates: torch.Tensor, count: torch.Tensor, block_tables: torc
     )
 
 
+@kernel
 @triton.jit(
     do_not_specialize=["capacity", "table_stride"],
     do_not_specialize_on_alignment=["updates_ptr", "count_ptr"],

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from runtime.kernels.gpu.launch import kernel
+
 # How many elements of a token one program turns at once: a power of two.
 _TILE = 2048
 
@@ -58,6 +60,7 @@ def rotary_store(
     )
 
 
+@kernel
 @triton.jit(do_not_specialize_on_alignment=["positions_ptr", "slots_ptr"])
 def _rotary_store_kernel(
     qkv_ptr,

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from runtime.kernels.gpu.launch import kernel
 from runtime.kernels.gpu.sampling.parameters import (
     ADJUSTED,
     COUNTED,
@@ -35,6 +36,7 @@ def penalise(x, count, repetition, presence, frequency):
     return x - (generated.to(tl.float32) * frequency + tl.where(generated > 0, presence, 0.0))
 
 
+@kernel
 @triton.jit(do_not_specialize_on_alignment=["rows_ptr", "lengths_ptr"])
 def adjust_kernel(
     logits_ptr,

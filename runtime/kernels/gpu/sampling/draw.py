@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from runtime.kernels.gpu.launch import kernel
 from runtime.kernels.gpu.prepare import advance
 from runtime.kernels.gpu.sampling.parameters import COUNTED, FLAGS, MIN_P, SEED, TEMPERATURE, WORDS
 from runtime.kernels.gpu.sampling.scan import (
@@ -52,6 +53,7 @@ def masses(x, best, threshold, min_p, temperature, mask):
     return tl.where(kept, relative * UNIT, 0.0).to(tl.int64)
 
 
+@kernel
 @triton.jit(do_not_specialize_on_alignment=["rows_ptr"])
 def weigh_kernel(
     logits_ptr,
@@ -93,6 +95,7 @@ def find(mass, wanted):
     return tl.sum((tl.cumsum(mass, 0) <= wanted).to(tl.int32), 0)
 
 
+@kernel
 @triton.jit(
     do_not_specialize=["num_chunks"],
     do_not_specialize_on_alignment=["rows_ptr", "lengths_ptr", "tokens_ptr"],

@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from runtime.kernels.gpu.launch import kernel
+
 _CHUNK = 4096
 
 
@@ -45,6 +47,7 @@ def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, num_top: int, chu
 
 
 # `best` and `weight` share their memory, as `norm` and `chosen` do: where the second begins depends on R.
+@kernel
 @triton.jit(do_not_specialize_on_alignment=["tokens_ptr", "weight_ptr"])
 def _chunks_kernel(
     logits_ptr, stride, tokens_ptr, best_ptr, weight_ptr, likelier_ptr, vocab_size, CHUNK: tl.constexpr
@@ -60,6 +63,7 @@ def _chunks_kernel(
     tl.store(likelier_ptr + cell, tl.sum((x > own).to(tl.int32), 0))
 
 
+@kernel
 @triton.jit(
     do_not_specialize=["num_chunks"],
     do_not_specialize_on_alignment=["tokens_ptr", "weight_ptr", "chosen_ptr"],

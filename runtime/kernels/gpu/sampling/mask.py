@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from runtime.kernels.gpu.launch import kernel
+
 
 @dataclass(frozen=True, slots=True)
 class RowMasks:
@@ -21,6 +23,7 @@ class RowMasks:
     bits: torch.Tensor
 
 
+@kernel
 @triton.jit(do_not_specialize=["bits_stride"], do_not_specialize_on_alignment=["rows_ptr"])
 def mask_kernel(
     logits_ptr,

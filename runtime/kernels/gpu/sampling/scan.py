@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from runtime.kernels.gpu.launch import kernel
 from runtime.kernels.gpu.sampling.parameters import ADJUSTED, FLAGS, WORDS
 
 # The bits of positive infinity. Non-negative floats are ordered as their bits are.
@@ -67,6 +68,7 @@ def row_best_token(best_logit_ptr, best_token_ptr, row, num_chunks, CHUNKS: tl.c
     return tl.min(tl.where(best == tl.max(best, 0), token, _NO_TOKEN), 0)
 
 
+@kernel
 @triton.jit(do_not_specialize_on_alignment=["rows_ptr"])
 def scan_kernel(
     logits_ptr,

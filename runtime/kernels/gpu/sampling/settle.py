@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from runtime.kernels.gpu.launch import kernel
 from runtime.kernels.gpu.sampling.parameters import TEMPERATURE
 from runtime.kernels.gpu.sampling.scan import load_logits, parameter_float, row_best
 from runtime.kernels.gpu.sampling.threshold import (
@@ -36,6 +37,7 @@ def weight_within(bits, low, end, temperature, BY_COUNT: tl.constexpr):
     return total
 
 
+@kernel
 @triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["rows_ptr"])
 def collect_kernel(
     logits_ptr,
@@ -85,6 +87,7 @@ def collect_kernel(
                 tl.store(candidates_ptr + row * CAPACITY + place, bits, room)
 
 
+@kernel
 @triton.jit(do_not_specialize=["num_rows", "num_chunks"], do_not_specialize_on_alignment=["rows_ptr"])
 def settle_kernel(
     logits_ptr,

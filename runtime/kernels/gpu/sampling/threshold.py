@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from runtime.kernels.gpu.launch import kernel
 from runtime.kernels.gpu.sampling.parameters import TEMPERATURE, TOP_K, TOP_P
 from runtime.kernels.gpu.sampling.scan import (
     load_logits,
@@ -114,6 +115,7 @@ def narrow(
     return new_low, edge(low, high, chosen + 1, first_pass, temperature), below, inside
 
 
+@kernel
 @triton.jit(do_not_specialize=["done", "num_rows"], do_not_specialize_on_alignment=["rows_ptr"])
 def narrow_kernel(
     logits_ptr,
