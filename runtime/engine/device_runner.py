@@ -87,9 +87,8 @@ class DeviceRunner:
 
     def _allocate_workspace(self, max_num_seqs: int, dtype: torch.dtype, device: torch.device) -> Workspace:
         config = self._config
-        rows = max(
-            batch * config.num_heads * self._decode_splits(batch)
-            for batch in DecodeGraphs.sizes(max_num_seqs)
+        rows = config.num_heads * max(
+            batch * self._decode_splits(batch) for batch in range(1, max_num_seqs + 1)
         )
         decode = decode_workspace(
             max_num_seqs, config.num_heads, config.num_kv_heads, config.head_dim, 1, device
