@@ -73,6 +73,7 @@ class DeviceMemory:
     """
 
     def __init__(self, driver: Driver, weights: DeviceWeights | None, num_ranks: int) -> None:
+        driver.enter()  # the device was found in another thread
         self._weights = weights
         self._num_ranks = num_ranks
         self._derived = Pool(driver)
