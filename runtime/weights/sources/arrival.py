@@ -99,7 +99,11 @@ class Arrival:
         self._thread.join()
         if self._error is not None:
             raise self._error
-        return self._landing is None or self._landing.verified()
+        if self._landing is None:
+            return True
+        right = self._landing.verified()
+        self._landing.close()
+        return right
 
     def give_up(self) -> None:
         """End the fetch; what has come stays in the cache, where the next fetch finds it."""

@@ -44,8 +44,8 @@ class Landing:
         self._records: Records | None = None
         self._indices: dict[str, int] = {}
         self._numbers: dict[str, int] = {}
-        # The file behind every name that was opened, as the file system knows it.
-        self._opened: dict[str, tuple[int, int]] = {}
+        # The file behind every name, kept open: another could get its inode otherwise, and pass for it.
+        self._opened: dict[str, int] = {}
 
     def names(self, directory: Path) -> set[str]:
         """The names that the model's files have or will have in its directory.
@@ -64,10 +64,10 @@ class Landing:
         """A descriptor of the file, once that has its full size. Raises Replaced and Stopped."""
         while (descriptor := self._try_open(file.name)) is None:
             self._pause()
-        found = _identity(os.fstat(descriptor))
         with self._lock:
-            first = self._opened.setdefault(file.name, found)
-        if first != found:
+            if file.name not in self._opened:
+                self._opened[file.name] = os.dup(descriptor)
+        if not os.path.sameopenfile(self._opened[file.name], descriptor):
             os.close(descriptor)
             raise Replaced
         return descriptor
@@ -94,6 +94,13 @@ class Landing:
         """Whether every file that was opened is whole and holds what it should."""
         with self._lock:
             return all(self._in_place(name) for name in self._opened)
+
+    def close(self) -> None:
+        """Let go of the files; descriptors that were handed out stay open."""
+        with self._lock:
+            for descriptor in self._opened.values():
+                os.close(descriptor)
+            self._opened.clear()
 
     def _try_open(self, name: str) -> int | None:
         for folder in (self._partial, self._directory):
@@ -127,17 +134,13 @@ class Landing:
 
     def _is_at(self, folder: Path, name: str) -> bool:
         try:
-            return _identity((folder / name).stat()) == self._opened[name]
+            return os.path.samestat((folder / name).stat(), os.fstat(self._opened[name]))
         except FileNotFoundError:
             return False
 
     def _pause(self) -> None:
         if self._stop.wait(_POLL_S):
             raise Stopped
-
-
-def _identity(found: os.stat_result) -> tuple[int, int]:
-    return found.st_dev, found.st_ino
 
 
 def _weights(partial: Path) -> list[str]:

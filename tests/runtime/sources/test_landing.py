@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -80,6 +81,7 @@ class _Reader:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.landing.close()
         os.close(self._descriptor)
 
     def read(self, start: int, stop: int) -> bytes:
@@ -152,6 +154,25 @@ def test_what_was_read_of_a_file_that_fails_verification_is_not_believed(
             assert again.read(0, SIZE) == content
             fetching.result.result(30)
             assert (reader.landing.verified(), again.landing.verified()) == (False, True)
+
+
+def test_a_file_in_the_place_of_another_is_never_taken_for_it(
+    hub: HubServer, content: bytes, cache_dir: Path, stop: threading.Event
+) -> None:
+    """Though nobody else has the first one open any more, so that its inode is free for the second."""
+    hub.fail("/storage/", corrupt=True, times=4)
+    for _ in range(5):
+        fetching = _Fetching(cache_dir)
+        landing = Landing(fetching.directory, stop)
+        descriptor = landing.open(fetching.directory / NAME)
+        landing.wait(fetching.directory / NAME, 0, 1)
+        wrong = os.pread(descriptor, 1, 0) != content[:1]
+        os.close(descriptor)
+        directory = fetching.result.result(30)
+        assert landing.verified() != wrong
+        landing.close()
+        shutil.rmtree(directory)
+        hub.fail("/storage/", corrupt=True, times=4)
 
 
 def test_another_process_may_fetch(
