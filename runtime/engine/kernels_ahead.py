@@ -27,6 +27,7 @@ from runtime.engine.deferred import import_the_rest
 from runtime.errors import FirstlightError
 from runtime.kernels.batch import DeviceBatch
 from runtime.kernels.gpu import cache
+from runtime.kernels.gpu.all_reduce import Inboxes
 from runtime.kernels.gpu.attention_prefill import prefill_tile, prefill_work_items
 from runtime.kernels.gpu.attention_tile import Workspace
 from runtime.kernels.gpu.offline import compiling_for
@@ -38,6 +39,8 @@ from runtime.kernels.gpu.sampling.sampler import Batch, Sampler
 from runtime.model.decoder import Decoder
 from runtime.model.families import Model, read_model
 from runtime.model.layers import LayerCache, Weights
+from runtime.parallel.group import Group
+from runtime.parallel.peers import ONE_SHOT_ROWS, TWO_SHOT_ROWS, PeerGroup
 from runtime.protocol import EngineConfig
 from runtime.weights import sources
 from runtime.weights.imagined import imagined_checkpoint
@@ -58,8 +61,11 @@ class NotAhead(FirstlightError):
     """A model whose kernels cannot be compiled ahead."""
 
 
-def compile_kernels(directory: Path, capability: int) -> int:
-    """Fill Triton's cache for one kind of GPU; returns how many kernels were compiled. Raises `NotAhead`."""
+def compile_kernels(directory: Path, capability: int, world_size: int = 1) -> int:
+    """Fill Triton's cache for so many GPUs of one kind; returns how many kernels were compiled.
+
+    Raises `NotAhead`.
+    """
     model = read_model(directory)
     if not isinstance(model, Model):
         raise NotAhead(f"{model.architecture} runs through transformers, with the kernels of torch.")
@@ -69,7 +75,9 @@ def compile_kernels(directory: Path, capability: int) -> int:
     before = cache.num_compiled()
     import_the_rest()
     with compiling_for(capability), FakeTensorMode(), torch.inference_mode():
-        steps = _Steps(model, make_plan(model, imagined_checkpoint(model)), dtype, _block_size())
+        plan = make_plan(model, imagined_checkpoint(model), 0, world_size)
+        group = _ImaginedGroup(world_size, model.config.hidden_size, dtype) if world_size > 1 else None
+        steps = _Steps(model, plan, dtype, _block_size(), group)
         for num_decodes, prompts in _STEPS:
             for num_splits in _SPLITS:
                 steps.sample(steps.forward(num_decodes, prompts, num_splits))
@@ -82,15 +90,39 @@ def _block_size() -> int:
     return int(defaults["block_size"])
 
 
+class _ImaginedGroup(PeerGroup):
+    """Rank 0 of a group whose other ranks are not there."""
+
+    def __init__(self, world_size: int, hidden_size: int, dtype: torch.dtype) -> None:
+        Group.__init__(self, _NoBackend(), 0, world_size)
+        addresses = torch.empty(world_size, dtype=torch.int64, device="cuda")
+        shared = dtype.itemsize == 2
+        self.few, self.many = (
+            Inboxes(addresses, _words(rows), 0, rows, hidden_size, dtype) if shared else None
+            for rows in (ONE_SHOT_ROWS, TWO_SHOT_ROWS)
+        )
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        return x.new_empty((x.shape[0], self.world_size * x.shape[1]))
+
+
+class _NoBackend:
+    """Adds up nothing."""
+
+    def allreduce(self, tensors: list[torch.Tensor], options: object) -> None:
+        """Tensors without data stay as they are."""
+
+
 class _Steps:
     """The parts of an engine that launch kernels, on tensors without data."""
 
-    def __init__(self, model: Model, plan: Plan, dtype: torch.dtype, block_size: int) -> None:
-        config = model.config
+    def __init__(
+        self, model: Model, plan: Plan, dtype: torch.dtype, block_size: int, group: PeerGroup | None
+    ) -> None:
         weights = Weights({each.name: tuple(_views(each, dtype)) for each in plan.parameters})
-        self._config = config
         self._block_size = block_size
-        self._decoder = Decoder(config, weights, _MAX_LEN, dtype)
+        self._decoder = Decoder(model.config, weights, _MAX_LEN, dtype, group)
+        self._config = config = self._decoder.config
         shape = (2, 64, config.num_kv_heads, block_size, config.head_dim)
         self._cache = [
             LayerCache(*torch.empty(shape, dtype=dtype, device="cuda")) for _ in range(config.num_layers)
@@ -155,13 +187,13 @@ def _views(parameter: PlannedParameter, dtype: torch.dtype) -> Iterator[torch.Te
 
 
 @contextmanager
-def _configuration_of(name: str) -> Iterator[Path]:
-    """A folder with the model's configuration, fetched if it is not here."""
+def _configuration_of(name: str) -> Iterator[tuple[Path, int]]:
+    """A folder with the model's configuration, fetched if it is not here, and how many GPUs share it."""
     spec = load_catalogue(find_catalogue()).resolve(name)
     folder = os.environ.get("FIRSTLIGHT_DOWNLOAD_DIR", default_cache_dir())
     here = sources.locate(spec, Path(folder))
     if here is not None:
-        yield here
+        yield here, spec.tp_size
         return
     with tempfile.TemporaryDirectory() as scratch:
         arrival = sources.arrive(spec, Path(scratch), lambda progress: None)
@@ -169,7 +201,7 @@ def _configuration_of(name: str) -> Iterator[Path]:
             directory = arrival.directory
         finally:
             arrival.give_up()
-        yield directory
+        yield directory, spec.tp_size
 
 
 def main(arguments: list[str]) -> int:
@@ -178,10 +210,10 @@ def main(arguments: list[str]) -> int:
         arguments = arguments[1:]
         triton.knobs.cache.dir = str(cache.SHIPPED)
     name, *capabilities = arguments
-    with _configuration_of(name) as directory:
+    with _configuration_of(name) as (directory, world_size):
         for capability in map(int, capabilities or ["90"]):
             try:
-                count = compile_kernels(directory, capability)
+                count = compile_kernels(directory, capability, world_size)
             except NotAhead as reason:
                 print(f"firstlight: no kernels are compiled ahead. {reason}", file=sys.stderr)
                 return 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -100,5 +102,26 @@ def test_more_ranks_than_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         async with running(config(tmp_path, device="auto", world_size=2)) as client:
             with pytest.raises(EngineUnavailable, match="needs 2 GPUs, and there is 1"):
                 await client.wait_ready()
+
+    run(test())
+
+
+def test_with_kernels_compiled_ahead_ranks_compile_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_random_llama(tmp_path, torch.bfloat16, **SHAPE)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "kernels"))
+    major, minor = torch.cuda.get_device_capability()
+    compiling = (
+        "import sys; from pathlib import Path; from runtime.engine.kernels_ahead import compile_kernels;"
+        f"compile_kernels(Path({str(tmp_path)!r}), {major}{minor}, 2)"
+    )
+    done = subprocess.run([sys.executable, "-c", compiling], cwd=Path(__file__).parents[2], check=False)
+    assert done.returncode == 0
+
+    async def test() -> None:
+        async with running(config(tmp_path, device="cuda", world_size=2)) as client:
+            info = await client.wait_ready()
+            assert info.counters["kernels_compiled"] == 0
 
     run(test())
