@@ -27,7 +27,7 @@ import msgspec
 from runtime.catalogue import find_catalogue, load_catalogue
 from runtime.client import EngineClient, EngineUnavailable
 from runtime.errors import RequestError
-from runtime.protocol import EngineConfig, SleepLevel, Submit, TokenLogprobs
+from runtime.protocol import EngineConfig, Grammar, SleepLevel, Submit, TokenLogprobs
 from runtime.text.chat import encode_chat
 from runtime.text.generation import run
 from runtime.text.model_text import ModelText, TextFiles
@@ -268,9 +268,13 @@ class LLM:
         text = await self._ready()
         prompts = await asyncio.to_thread(call.encode, text)
         name = uuid.uuid4().hex
+        form = call.options.structured_outputs
+        grammar = None if form is None else Grammar(form.source(), "structured_outputs")
         for place, prompt in enumerate(prompts):
             room = answer_room(len(prompt), call.max_tokens, text.max_model_len, "max_tokens")
-            params = sampling_params(call.options, text, max_tokens=room, logprobs=call.options.logprobs)
+            params = sampling_params(
+                call.options, text, max_tokens=room, logprobs=call.options.logprobs, grammar=grammar
+            )
             submit = Submit(request_id=f"{name}-{place}", prompt_token_ids=prompt, sampling=params)
             call.sequences.append(Sequence(text.tokenizer, submit, call.options, place))
         await self._client.wait_ready()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence as Rows
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,21 +15,20 @@ if TYPE_CHECKING:
 
     from runtime.engine.sequence import Sequence
 
-_MAX_THREADS = 8
-
 
 class Constraint:
-    """Where one sequence stands in its grammar.
+    """Where one sequence stands in its grammar; `lane` is its matcher's, see `engine/grammar.py`.
 
     `complete` says that nothing can follow the tokens that it has; `spent`, that nothing may follow them as
     the request has it, which shows only in a mask: the next token is void.
     `problem` says why the grammar cannot be followed any further, if that is so.
     """
 
-    __slots__ = ("complete", "field", "matcher", "problem", "spent")
+    __slots__ = ("complete", "field", "lane", "matcher", "problem", "spent")
 
-    def __init__(self, matcher: LLMatcher, field: str) -> None:
+    def __init__(self, matcher: LLMatcher, lane: int, field: str) -> None:
         self.matcher = matcher
+        self.lane = lane
         self.field = field
         self.complete = False
         self.spent = False
@@ -57,14 +56,15 @@ class Masks:
         self._end = divmod(vocab_size, 32)
         self._pinned = pinned
         self._bits: torch.Tensor | None = None
-        self._executor: LLExecutor | None = None
+        self._threads = ThreadPoolExecutor(thread_name_prefix="masks")
+        self._executors: dict[int, LLExecutor] = {}
 
     def of(self, sequences: Rows[Sequence]) -> TokenMasks | None:
         """The masks of those sequences that have a grammar and go on; None if there are none."""
         rows = [s for s in sequences if s.constraint is not None and not s.ended]
         if not rows:
             return None
-        bits = self._compute([s.constraint.matcher for s in rows if s.constraint is not None])
+        bits = self._compute([s.constraint for s in rows if s.constraint is not None])
         word, place = self._end
         may_end = (bits[:, word] >> place & 1).tolist()
         # Where nothing may follow, the next token is void, and needs no mask.
@@ -73,16 +73,30 @@ class Masks:
             bits, rows = bits[kept], [rows[index] for index in kept]
         return TokenMasks(rows, bits) if rows else None
 
-    def _compute(self, matchers: list[LLMatcher]) -> torch.Tensor:
-        if self._bits is None or self._executor is None:
+    def _compute(self, constraints: list[Constraint]) -> torch.Tensor:
+        """One row for each: lane beside lane, each from its beginning to its end without Python's lock."""
+        if self._bits is None:
+            self._bits = torch.empty(self._shape, dtype=torch.int32, pin_memory=self._pinned)
+        bits = self._bits[: len(constraints)]
+        lanes: dict[int, list[tuple[LLMatcher, int]]] = {}
+        for row, constraint in enumerate(constraints):
+            lanes.setdefault(constraint.lane, []).append((constraint.matcher, row))
+        first, *others = lanes.items()
+        elsewhere = [self._threads.submit(self._fill, lane, matchers, bits) for lane, matchers in others]
+        self._fill(*first, bits)
+        for done in elsewhere:
+            done.result()
+        return bits
+
+    def _fill(self, lane: int, matchers: list[tuple[LLMatcher, int]], bits: torch.Tensor) -> None:
+        if lane not in self._executors:
             from llguidance import LLExecutor
 
-            self._bits = torch.empty(self._shape, dtype=torch.int32, pin_memory=self._pinned)
-            self._executor = LLExecutor(min(_MAX_THREADS, len(os.sched_getaffinity(0))))
-        numbered = [(matcher, index) for index, matcher in enumerate(matchers)]
-        num_bytes = self._bits.shape[1] * self._bits.itemsize
-        self._executor.unsafe_compute_mask_ptr(numbered, self._bits.data_ptr(), num_bytes, len(matchers))
-        return self._bits[: len(matchers)]
+            self._executors[lane] = LLExecutor(1)
+        num_rows, num_words = bits.shape
+        self._executors[lane].unsafe_compute_mask_ptr(
+            matchers, bits.data_ptr(), num_words * bits.itemsize, num_rows
+        )
 
     def _let_end(self, bits: torch.Tensor, sequence: Sequence) -> bool:
         """Add the tokens that end the sequence to a mask; False if nothing may follow."""

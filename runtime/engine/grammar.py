@@ -2,24 +2,65 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.engine.trial import Trial, limits
-from runtime.engine.vocabulary import read_vocabulary
+from runtime.engine.vocabulary import Vocabulary, read_vocabulary
 from runtime.errors import FirstlightError
 from runtime.protocol import Grammar
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
+    from llguidance import LLMatcher
 
 _MAX_KEPT = 64
+# Masks are computed in so many threads, if there are as many cores.
+_MAX_LANES = 8
+# Another compilation for each of so many sequences, up to one a lane; then one in the place of the oldest.
+_COPIES = 8
 
 
 class GrammarError(FirstlightError):
     """A grammar that cannot be followed; says why."""
+
+
+class Compiled:
+    """A grammar, compiled once for each lane, as far as there is use for that.
+
+    Matchers that are copies of one share what they find out about the grammar, which makes their masks
+    cheap, and the lock around it, so that they are of one lane: a lane's masks are computed one after the
+    other. What is shared only grows, so that a compilation that has served long is replaced.
+    """
+
+    def __init__(self, first: LLMatcher) -> None:
+        self._lanes = [first]
+        self._num_copies = 0
+        self._num_due = 0
+
+    def copy(self) -> tuple[LLMatcher, int]:
+        """A matcher at the beginning, and its lane."""
+        lane = self._num_copies % len(self._lanes)
+        self._num_copies += 1
+        return self._lanes[lane].deep_copy(), lane
+
+    def wants_another(self, num_lanes: int) -> bool:
+        """Whether it is time for another compilation; says so once."""
+        rounds = self._num_copies // _COPIES
+        due = min(rounds, num_lanes - 1) + rounds // num_lanes // _COPIES
+        if due <= self._num_due:
+            return False
+        self._num_due += 1
+        return True
+
+    def add(self, another: LLMatcher, num_lanes: int) -> None:
+        """Take in another compilation."""
+        if len(self._lanes) < num_lanes:
+            self._lanes.append(another)
+        else:
+            self._lanes[self._num_due % num_lanes] = another
 
 
 class Grammars:
@@ -29,9 +70,10 @@ class Grammars:
         """`directory` holds the model's tokenizer; `vocab_size` is how many logits the model has."""
         self._directory = directory
         self._vocab_size = vocab_size
-        self._vocabulary: LLTokenizer | None = None
+        self._vocabulary: Vocabulary | None = None
         self._reading = threading.Lock()
-        self._compiled: OrderedDict[str, LLMatcher | str] = OrderedDict()
+        self._compiled: OrderedDict[str, Compiled | str] = OrderedDict()
+        self._num_lanes = min(_MAX_LANES, len(os.sched_getaffinity(0)))
         self._keeping = threading.Lock()
         self._mine = threading.local()  # each thread tries grammars in a process of its own
 
@@ -41,47 +83,65 @@ class Grammars:
 
     def compile(self, grammar: Grammar) -> None:
         """Have the grammar ready for `matcher`, or known to be faulty."""
-        self._find(grammar)
+        found = self._find(grammar)
+        if isinstance(found, str):
+            return
+        with self._keeping:
+            more = found.wants_another(self._num_lanes)
+        another = self._compile(grammar.source, tried=True) if more else None
+        if another is not None and not isinstance(another, str):
+            with self._keeping:
+                found.add(another, self._num_lanes)
 
-    def matcher(self, grammar: Grammar) -> LLMatcher:
-        """A matcher of one sequence's own, at the beginning. Raises `GrammarError` for a faulty grammar."""
+    def matcher(self, grammar: Grammar) -> tuple[LLMatcher, int]:
+        """A matcher of one sequence's own, at the beginning, and its lane; see `Compiled`.
+
+        Raises `GrammarError` for a faulty grammar.
+        """
         found = self._find(grammar)
         if isinstance(found, str):
             raise GrammarError(found)
-        return found.deep_copy()
+        with self._keeping:
+            return found.copy()
 
-    def _find(self, grammar: Grammar) -> LLMatcher | str:
+    def _find(self, grammar: Grammar) -> Compiled | str:
         """The compiled grammar, or what is wrong with it."""
         with self._keeping:
-            found = self._compiled.get(grammar.source)
-            if found is not None:
+            known = self._compiled.get(grammar.source)
+            if known is not None:
                 self._compiled.move_to_end(grammar.source)
-                return found
-        try:
-            found = self._compile(grammar.source)
-        except Exception as error:  # nothing is promised, and no grammar may end the engine
-            found = f"it cannot be compiled: {error}"
+                return known
+        first = self._compile(grammar.source, tried=False)
+        found = first if isinstance(first, str) else Compiled(first)
         with self._keeping:
-            self._compiled[grammar.source] = found
+            found = self._compiled.setdefault(grammar.source, found)
             while len(self._compiled) > _MAX_KEPT:
                 self._compiled.popitem(last=False)
         return found
 
-    def _compile(self, source: str) -> LLMatcher | str:
+    def _try(self, source: str) -> str | None:
         if not hasattr(self._mine, "trial"):
-            self._mine.trial = Trial()
+            self._mine.trial = Trial(self._vocab_size, self._read().special)
         problem: str | None = self._mine.trial.problem(source)
-        if problem is not None:
-            return problem
+        return problem
+
+    def _compile(self, source: str, tried: bool) -> LLMatcher | str:
+        try:
+            problem = None if tried else self._try(source)
+            return self._compile_now(source) if problem is None else problem
+        except Exception as error:  # nothing is promised, and no grammar may end the engine
+            return f"it cannot be compiled: {error}"
+
+    def _compile_now(self, source: str) -> LLMatcher | str:
         from llguidance import LLMatcher
 
-        matcher = LLMatcher(self._read(), source, log_level=0, limits=limits())
+        matcher = LLMatcher(self._read().tokens, source, log_level=0, limits=limits())
         if not matcher.is_error():
             # Masks share what is computed for the first one; and some faults only show in it.
             matcher.compute_bitmask()
         return matcher.get_error() if matcher.is_error() else matcher
 
-    def _read(self) -> LLTokenizer:
+    def _read(self) -> Vocabulary:
         with self._reading:
             if self._vocabulary is None:
                 self._vocabulary = read_vocabulary(self._directory, self._vocab_size)

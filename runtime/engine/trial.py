@@ -2,7 +2,8 @@
 
 A few lines can ask for a compiler's whole memory, for hours of its time, or for more of its stack than
 there is. `python -m runtime.engine.trial` compiles what it reads, a JSON string a line, and answers each with
-a line: what is wrong with it, or null.
+a line: what is wrong with it, or null. Its first line says how many tokens there are and which are special:
+grammars may name those, and no others.
 """
 
 from __future__ import annotations
@@ -44,19 +45,23 @@ def limits() -> LLParserLimits:
 class Trial:
     """Tries grammars, one after the other. The process is started when one comes and there is none."""
 
-    def __init__(self) -> None:
+    def __init__(self, vocab_size: int, special: dict[int, str]) -> None:
+        """`special` are texts of special tokens by their ids."""
+        self._vocabulary = {"size": vocab_size, "special": list(special.items())}
         self._process: subprocess.Popen[bytes] | None = None
 
     def problem(self, source: str) -> str | None:
         """Why a grammar is not to be compiled, if there is a reason."""
+        lines: list[object] = [source]
         if self._process is None or self._process.poll() is not None:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "runtime.engine.trial"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
             )
+            lines = [self._vocabulary, source]
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
-        process.stdin.write(json.dumps(source).encode() + b"\n")
+        process.stdin.write("".join(f"{json.dumps(line)}\n" for line in lines).encode())
         process.stdin.flush()
         answer = process.stdout.readline()
         if answer:
@@ -67,10 +72,28 @@ class Trial:
         return "it takes too much memory to compile, or is nested too deeply"
 
 
+class _Bytes:
+    """A vocabulary of nothing but bytes and special tokens."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, size: int, special: list[tuple[int, str]]) -> None:
+        names = dict(special)
+        plain = iter([bytes([byte]) for byte in range(256)])
+        self.tokens = [names[n].encode() if n in names else next(plain, b"") for n in range(size)]
+        self.tokens += [*plain, b""]
+        self.eos_token_id = len(self.tokens) - 1
+        self.special_token_ids = list(names)
+
+    def __call__(self, text: str) -> list[int]:
+        return [self.tokens.index(bytes([byte])) for byte in text.encode()]
+
+
 def _serve() -> None:
     from llguidance import LLMatcher, LLTokenizer
 
-    vocabulary = LLTokenizer("byte")
+    vocabulary = LLTokenizer(_Bytes(**json.loads(sys.stdin.buffer.readline())))  # type: ignore[arg-type]
     for line in sys.stdin.buffer:
         # Unless it is taken back, it ends the process.
         signal.setitimer(signal.ITIMER_PROF, _CPU_SECONDS)

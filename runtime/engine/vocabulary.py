@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +12,27 @@ from runtime.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
+# Tokens that are allowed or not all at once, which saves looking at each: white space, and what may stand in
+# a JSON string, by length, as schemas bound that.
+_IN_STRING = r'[^"\\\x00-\x1F\x7F]'
+_SLICES = [
+    r"[\x20\x0A\x0D\x09]+",
+    *(f"{_IN_STRING}{{1,{most}}}" for most in (4, 8, 12, 16, 30)),
+    f"{_IN_STRING}+",
+]
 # What hardly any vocabulary joins with what follows, so that a text behind it is cut as it is alone.
 _BREAK = "\n"
 
 
-def read_vocabulary(directory: Path, vocab_size: int) -> LLTokenizer:
+@dataclass(frozen=True)
+class Vocabulary:
+    """A model's tokens; `special` are the texts of those that mark structure."""
+
+    tokens: LLTokenizer
+    special: dict[int, str]
+
+
+def read_vocabulary(directory: Path, vocab_size: int) -> Vocabulary:
     """The vocabulary of the model in a folder, of as many ids as the model has logits, and one more.
 
     That one stands for the end: a mask has its bit where the answer may end. Which ids end a sequence is
@@ -26,14 +43,15 @@ def read_vocabulary(directory: Path, vocab_size: int) -> LLTokenizer:
     tokenizer = Tokenizer.load(directory)
     tokens = [tokenizer.token_bytes(index) for index in range(vocab_size)]
     special = sorted(index for index in tokenizer.special_ids if index < vocab_size)
-    vocabulary: LLTokenizer | None = None
+    found: LLTokenizer | None = None
 
     def greedily(text: str) -> list[int]:
-        assert vocabulary is not None  # nothing is tokenized while the vocabulary is being built
-        return vocabulary.greedy_tokenize(text)
+        assert found is not None  # nothing is tokenized while the vocabulary is being built
+        return found.greedy_tokenize(text)
 
-    vocabulary = LLTokenizer(_Wrapper(tokenizer, tokens, special, greedily))  # type: ignore[arg-type]
-    return vocabulary
+    wrapper = _Wrapper(tokenizer, tokens, special, greedily)
+    found = LLTokenizer(wrapper, slices=_SLICES)  # type: ignore[arg-type]  # it has all that is asked for
+    return Vocabulary(found, {index: tokenizer.token_text(index) for index in special})
 
 
 class _Wrapper:

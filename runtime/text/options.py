@@ -8,9 +8,39 @@ import msgspec
 from msgspec import Meta
 
 from runtime.errors import RequestError
+from runtime.text import grammar
 
 TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
 StopText = Annotated[str, Meta(min_length=1)]
+
+
+class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The form that answers must have: just one of a JSON schema, a regular expression, a choice of texts, a
+    grammar in Lark or GBNF, or any JSON object."""
+
+    json: dict[str, Any] | None = None
+    regex: StopText | None = None
+    choice: Annotated[list[StopText], Meta(min_length=1)] | None = None
+    grammar: StopText | None = None
+    json_object: bool = False
+
+    def source(self) -> str:
+        """The form as the engine takes it. Raises `RequestError` unless there is just one."""
+        parts = []
+        if self.json is not None:
+            parts.append(grammar.json_schema(self.json))
+        if self.regex is not None:
+            parts.append(grammar.regex(self.regex))
+        if self.choice is not None:
+            parts.append(grammar.choice(self.choice))
+        if self.grammar is not None:
+            parts.append(grammar.grammar(self.grammar))
+        if self.json_object:
+            parts.append(grammar.any_object())
+        if len(parts) != 1:
+            message = "structured_outputs needs just one of json, regex, choice, grammar and json_object."
+            raise RequestError(message, "structured_outputs")
+        return grammar.source(parts[0])
 
 
 class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -18,7 +48,8 @@ class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
     `temperature` 0 is greedy. `stop` strings and `stop_token_ids` end an answer; `ignore_eos` lets it go
     on past the model's own end. With a `seed` a prompt gets the same answer whatever else is computed.
-    `logprobs` None is off, 0 is the chosen tokens only, n adds the n most likely.
+    `logprobs` None is off, 0 is the chosen tokens only, n adds the n most likely. `structured_outputs` holds
+    answers to a form: see `StructuredOutputs`.
     """
 
     max_tokens: Annotated[int, Meta(ge=1)] | None = None
@@ -38,6 +69,7 @@ class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> SamplingOptions:

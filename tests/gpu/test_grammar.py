@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
 
 from runtime.engine.core import Engine
+from runtime.engine.device_runner import DeviceRunner
 from runtime.text.tokenizer import Tokenizer
 from tests.conftest import CONFIG, write_tokenizer
 from tests.gpu.test_engine import SHAPE, engine_of
@@ -30,10 +31,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def engine(directory: Path, ahead: int = 1, **settings: Any) -> Engine:
-    made = engine_of(directory, **({"max_num_seqs": 96} | settings))
-    made.runner.steps_ahead = ahead  # type: ignore[misc]  # the plain loop, to compare with
-    return made
+def engine(directory: Path, **settings: Any) -> Engine:
+    return engine_of(directory, **({"max_num_seqs": 96} | settings))
 
 
 def test_greedy_answers_are_the_cpus(directory: Path) -> None:
@@ -46,8 +45,11 @@ def test_greedy_answers_are_the_cpus(directory: Path) -> None:
 
 
 @pytest.mark.parametrize("ahead", [0, 1], ids=["step by step", "one step ahead"])
-def test_64_held_answers_beside_free_ones(directory: Path, ahead: int) -> None:
+def test_64_held_answers_beside_free_ones(
+    directory: Path, ahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At temperature 2, some cut, some penalised, in slots that change hands, with graphs and without."""
+    monkeypatch.setattr(DeviceRunner, "steps_ahead", ahead)
     tokenizer = Tokenizer.load(directory)
     wishes: list[dict[str, Any]] = [
         {},
@@ -63,7 +65,7 @@ def test_64_held_answers_beside_free_ones(directory: Path, ahead: int) -> None:
     ]
     free = [request(f"free-{seed}", None, 50, temperature=1.0, stop_token_ids=()) for seed in range(32)]
     alone = {item.request_id: answers(engine(directory), [item]) for item in free[:2]}
-    together = answers(engine(directory, ahead), [*requests, *free])
+    together = answers(engine(directory), [*requests, *free])
     for item in requests:
         got = together[item.request_id]
         assert got.error is None
@@ -76,9 +78,13 @@ def test_64_held_answers_beside_free_ones(directory: Path, ahead: int) -> None:
         assert together[name].token_ids == found[name].token_ids
 
 
-def test_working_ahead_and_being_preempted_change_nothing(directory: Path) -> None:
+def test_working_ahead_and_being_preempted_change_nothing(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     requests = [request(f"json-{seed}", SOURCES["json"], temperature=1.5) for seed in range(24)]
-    plain = answers(engine(directory, ahead=0), requests)
+    with monkeypatch.context() as patch:
+        patch.setattr(DeviceRunner, "steps_ahead", 0)
+        plain = answers(engine(directory), requests)
     small = engine(directory, kv_cache_bytes=40 * 2 * 16 * 3 * 2 * 32 * 4, max_model_len=256)
     tight = answers(small, requests)
     ahead = answers(engine(directory), requests)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 import threading
@@ -248,3 +250,38 @@ def test_the_importing_process_needs_neither_torch_nor_http() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
     ).stdout.split()
     assert not {"torch", "transformers", "starlette", "uvicorn", "pydantic"} & set(loaded)
+
+
+class TestStructuredOutputs:
+    @pytest.mark.parametrize(
+        ("form", "pattern"),
+        [
+            ({"regex": r"[ab]{3}-\d"}, r"[ab]{3}-[0-9]"),
+            ({"choice": ["yes", "no"]}, "yes|no"),
+            ({"grammar": 'start: "(" start? ")"'}, r"\(+\)+"),
+            ({"json": {"enum": ["x", 7]}}, '"x"|7'),
+        ],
+    )
+    def test_answers_have_the_form(self, llm: LLM, form: dict[str, Any], pattern: str) -> None:
+        results = llm.generate(PROMPTS, structured_outputs=form, temperature=2, max_tokens=200)
+        for result in results:
+            assert result.finish_reason == "stop"
+            assert re.fullmatch(pattern, result.text)
+
+    def test_any_object(self, llm: LLM) -> None:
+        (result,) = llm.chat(CONVERSATION, structured_outputs={"json_object": True}, seed=3, max_tokens=300)
+        if result.finish_reason == "stop":
+            assert isinstance(json.loads(result.text), dict)
+
+    @pytest.mark.parametrize(
+        ("form", "complaint"),
+        [
+            ({}, "just one"),
+            ({"regex": "a", "choice": ["b"]}, "just one"),
+            ({"regex": "(a"}, "unclosed group"),
+            ({"lark": "x"}, "lark"),
+        ],
+    )
+    def test_what_cannot_be_is_refused(self, llm: LLM, form: dict[str, Any], complaint: str) -> None:
+        with pytest.raises(RequestError, match=complaint):
+            llm.generate("Hi", structured_outputs=form)

@@ -14,7 +14,7 @@ from throughput import engine_settings
 
 from tests.scripts.conftest import BENCH
 
-REPORTS = ("cold_start", "cpu", "memory", "serving", "throughput", "wake")
+REPORTS = ("cold_start", "cpu", "memory", "serving", "structured", "throughput", "wake")
 OTHERS = ("all_reduce", "http_cost", "make_model", "reference", "stalls", "upload")
 
 
@@ -74,6 +74,14 @@ def test_a_report_of_the_server(small_model: Path, tmp_path: Path) -> None:
     (found,) = scenario["servers"]["firstlight"]
     assert (found["requests"], found["errors"]) == (16, [])
     assert 0 < found["ttft"]["p50"] <= found["ttft"]["p99"]
+
+
+def test_a_report_of_structured_outputs(small_model: Path, tmp_path: Path) -> None:
+    arguments = ("--model", str(small_model), "--device", "cpu", "--quick", "--rounds", "1", "--tokens", "8")
+    report = report_of("structured", tmp_path / "report.json", *arguments)
+    for kind in ("free", "held", "free beside held", "held beside free"):
+        assert report[kind][0]["errors"] == []
+        assert report[kind][0]["tokens_per_second"] > 0
 
 
 class TestFlags:

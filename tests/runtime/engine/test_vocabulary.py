@@ -46,7 +46,7 @@ def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="module")
 def vocabulary(directory: Path) -> LLTokenizer:
-    return read_vocabulary(directory, SIZE)
+    return read_vocabulary(directory, SIZE).tokens
 
 
 def test_whatever_is_written_by_the_grammar_reads_so(directory: Path) -> None:
@@ -54,7 +54,7 @@ def test_whatever_is_written_by_the_grammar_reads_so(directory: Path) -> None:
     grammars = Grammars(directory, SIZE)
     source = grammar.source(grammar.json_schema(SCHEMA))
     for seed in range(8):
-        draw, matcher = Random(seed), grammars.matcher(Grammar(source, "x"))
+        draw, matcher = Random(seed), grammars.matcher(Grammar(source, "x"))[0]
         ids: list[int] = []
         while not matcher.is_stopped():
             bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
@@ -83,7 +83,7 @@ def test_a_text_that_is_forced_is_spelled_exactly(vocabulary: LLTokenizer, text:
 def test_it_is_spelled_as_the_model_would(tmp_path: Path) -> None:
     """Where the tokenizer puts a space in front of everything, without that space."""
     directory = write(VOCABULARIES["llama2"](), tmp_path)
-    tokenizer, vocabulary = Tokenizer.load(directory), read_vocabulary(directory, SIZE)
+    tokenizer, vocabulary = Tokenizer.load(directory), read_vocabulary(directory, SIZE).tokens
     (ids,) = [tokenizer.encode("\nThe quick brown fox", add_special_tokens=False)]
     spelled = [tokenizer.token_bytes(index) for index in ids]
     assert spelled[:2] == [b" ", b"\n"]
