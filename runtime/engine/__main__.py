@@ -6,9 +6,7 @@ rank 0 has M, what the others come to, only if it was opened for it.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import gc
 import os
 import signal
 import socket
@@ -17,6 +15,7 @@ import sys
 import msgspec
 
 from runtime.engine.channel import Channel
+from runtime.engine.pace import hurry, settle
 from runtime.engine.start import start
 from runtime.engine.turns import FollowingChannel, LeadingChannel
 from runtime.engine.watchdog import Watchdog
@@ -29,20 +28,17 @@ from runtime.protocol import Broken, EngineConfig, Fatal
 
 def main(arguments: list[str]) -> int:
     """Serve the model of CONFIG, an `EngineConfig` in JSON; returns the exit status."""
-    gc.disable()  # nothing that a start makes is garbage, and looking through it takes a tenth of an import
-    parser = argparse.ArgumentParser(prog="runtime.engine")
-    parser.add_argument("--fd", type=int)
-    parser.add_argument("--listener", type=int)
-    parser.add_argument("config")
-    options = parser.parse_args(arguments)
-    config = msgspec.json.decode(options.config, type=EngineConfig)
+    hurry()
+    *flags, text = arguments
+    descriptors = {name: int(number) for name, number in zip(flags[::2], flags[1::2], strict=True)}
+    config = msgspec.json.decode(text, type=EngineConfig)
     # Whoever stops the group stops the handler, and the handler drains its engine.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    channel = None if options.fd is None else Channel(socket.socket(fileno=options.fd))
+    channel = Channel(socket.socket(fileno=descriptors["--fd"])) if "--fd" in descriptors else None
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         if config.world_size > 1:
-            return _serve_as_rank(config, channel, options.listener)
+            return _serve_as_rank(config, channel, descriptors.get("--listener"))
         assert channel is not None
         return _serve(config, channel, channel, None)
     return 0
@@ -82,9 +78,7 @@ def _serve(
     from runtime.engine.loop import serve  # imports torch: not before `start` has done so in its own time
 
     turns.send(ready)
-    # What the start has made stays; from here on only what comes later needs to be looked through.
-    gc.freeze()
-    gc.enable()
+    settle()
     try:
         serve(engine, sleeper, turns)
     except FirstlightError as error:
