@@ -17,7 +17,7 @@ from handler.commands import serve
 from handler.commands.models import fits_gpus, fits_memory
 from handler.flags import SERVE_FLAGS, with_model
 from handler.listen import ListenError, listen, url_of
-from handler.settings import ServerSettings, read_settings
+from handler.settings import ServerSettings, read_others, read_settings
 from runtime.catalogue import load_catalogue
 from runtime.errors import FirstlightError
 
@@ -99,6 +99,29 @@ class TestOrder:
         assert settings.engine.enable_chunked_prefill is False
         assert settings.engine.gpu_memory_utilization == 0.5
         assert settings.engine.cache_dir == "/somewhere"
+
+    def test_idleness_is_settled_like_everything_else(self, catalogue: str) -> None:
+        with open(catalogue, "a") as file:
+            file.write("  idle: {source: hf://org/idle, idle_sleep_s: 60, idle_exit_s: 600}\n")
+        line = f"--catalogue {catalogue} --model idle"
+        assert (settle(line).idle_sleep_s, settle(line).idle_exit_s) == (60, 600)
+        settings = settle(f"{line} --idle-sleep-s 5", {"FIRSTLIGHT_IDLE_EXIT_S": "0"})
+        assert (settings.idle_sleep_s, settings.idle_exit_s) == (5, 0)
+        assert settle(f"--catalogue {catalogue} --model small --grace 3").idle_sleep_s == 0
+        assert settle(f"--catalogue {catalogue} --grace 3").drain_seconds == 3
+
+    def test_further_models_have_their_own_names_and_share_what_is_about_the_server(
+        self, catalogue: str
+    ) -> None:
+        line = f"--catalogue {catalogue} --model large --served-model-name mine --max-num-seqs 7"
+        assert read_others(parsed(line), {}) == []
+        others = read_others(parsed(f"{line} --models all org/third"), {})
+        assert [other.served_model_names for other in others] == [("small",)]
+        others = read_others(parsed(line), {"FIRSTLIGHT_MODELS": "small,large,org/third"})
+        assert [other.served_model_names for other in others] == [("small",), ("org/third",)]
+        assert {(other.engine.max_num_seqs, other.engine.world_size) for other in others} == {(7, 1)}
+        with pytest.raises(FirstlightError, match="no model 'smal'"):
+            read_others(parsed(f"{line} --models smal"), {})
 
     def test_keys_from_a_file(self, catalogue: str, tmp_path: Path) -> None:
         (tmp_path / "keys").write_text("one\n\ntwo \n")
