@@ -176,7 +176,7 @@ def main() -> None:
         ended = check_form(contender, prompts, concurrency)
         contender.ask_reference(references.explain, REFERENCE_TOKENS)
     report.add_table(
-        f"{concurrency} clients, {tokens} tokens an answer; times in ms",
+        f"{server.name}: {concurrency} clients, {tokens} tokens an answer; times in ms",
         HEADERS,
         [row(kind, rounds, found["free"]) for kind, rounds in found.items()],
     )

@@ -19,7 +19,8 @@ import pytest
 from runtime import client as client_module
 from runtime.catalogue import ModelSpec
 from runtime.client import EngineClient, EngineUnavailable, TokenStream
-from runtime.protocol import EngineConfig, SamplingParams, Submit, TokenDelta
+from runtime.protocol import EngineConfig, Grammar, SamplingParams, Submit, TokenDelta
+from runtime.text import grammar
 
 PROMPT = list(range(40, 90))
 
@@ -63,6 +64,42 @@ def run(test: Awaitable[None]) -> None:
             await test
 
     asyncio.run(main())
+
+
+def submit_held(client: EngineClient, name: str, pattern: str) -> TokenStream:
+    """A request whose answer a pattern holds to a form."""
+    held = Grammar(grammar.source(grammar.regex(pattern)), "guided_regex")
+    sampling = SamplingParams(max_tokens=50, grammar=held)
+    return client.submit(Submit(request_id=name, prompt_token_ids=PROMPT, sampling=sampling))
+
+
+class TestGrammars:
+    """They are compiled beside the engine's steps, and only then does it know of their requests."""
+
+    def test_who_leaves_meanwhile_is_forgotten(self, endless_model: Path) -> None:
+        async def test() -> None:
+            async with running(config(endless_model)) as client:
+                await client.wait_ready()
+                for number in range(20):
+                    submit_held(client, f"left{number}", f"[ab]{{{number + 1}}}").close()
+                assert len(await tokens_of(submit_held(client, "stayed", "[ab]{7}"))) == 7
+                assert client.in_flight == 0
+                await until(lambda: client.stats.blocks_used == 0)
+
+        run(test())
+
+    def test_draining_waits_for_them(self, tiny_model: Path) -> None:
+        async def test() -> None:
+            client = EngineClient(config(tiny_model))
+            life = asyncio.create_task(client.run())
+            await client.wait_ready()
+            streams = [submit_held(client, f"r{number}", "[ab]{9}") for number in range(3)]
+            closing = asyncio.create_task(client.close(drain_seconds=20))
+            assert [len(await tokens_of(stream)) for stream in streams] == [9, 9, 9]
+            await closing
+            await asyncio.wait_for(life, 20)
+
+        run(test())
 
 
 class TestCrash:
