@@ -19,6 +19,10 @@ _TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
+# Below this, in characters, a batch's own cost is more than it saves others.
+_LONG = 2000
+
+
 class JsonBackend:
     """A tokenizer.json, read and run by `tokenizers`."""
 
@@ -50,12 +54,12 @@ class JsonBackend:
 
     def encode(self, text: str, *, add_special_tokens: bool, parse_special: bool) -> list[int]:
         backend = self._backend if parse_special else self._guarded[0]
-        return backend.encode(checked(text), add_special_tokens=add_special_tokens).ids
+        return _encode(backend, checked(text), add_special_tokens)
 
     def encode_owned(self, pieces: Iterable[tuple[str, bool]]) -> list[int]:
         backend, alias_of, id_behind = self._guarded
         text = checked("".join(alias_of[piece] if special else piece for piece, special in pieces))
-        return [id_behind.get(index, index) for index in backend.encode(text, add_special_tokens=False).ids]
+        return [id_behind.get(index, index) for index in _encode(backend, text, False)]
 
     @cached_property
     def _guarded(self) -> tuple[tokenizers.Tokenizer, dict[str, str], dict[int, int]]:
@@ -139,6 +143,14 @@ def _made_special(backend: tokenizers.Tokenizer, ids: Collection[int]) -> tokeni
     for token in written["added_tokens"]:
         token["special"] = token["special"] or token["content"] in tokens
     return Tokenizer.from_str(json.dumps(written))
+
+
+def _encode(backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+    if len(text) < _LONG:
+        return backend.encode(text, add_special_tokens=add_special_tokens).ids
+    # `encode` holds Python's lock until it is through, and with it every stream of the server; this does not.
+    (encoding,) = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+    return encoding.ids
 
 
 def _id_in(backend: tokenizers.Tokenizer, token: str) -> int:

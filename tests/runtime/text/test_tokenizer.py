@@ -35,6 +35,17 @@ class TestEncode:
                 == theirs(text, add_special_tokens=False).input_ids
             )
 
+    def test_long_texts_too_which_are_encoded_in_another_way(self, folder: Path) -> None:
+        ours, theirs = Tokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
+        text = " ".join([*ORDINARY, "<|im_end|>", "</s>"] * 50)
+        assert len(text) > 10_000
+        for special in (True, False):
+            expected = theirs(text, add_special_tokens=special).input_ids
+            assert ours.encode(text, add_special_tokens=special) == expected
+        pieces = [text[start : start + 1000] for start in range(0, len(text), 1000)]
+        whole = ours.encode(text, add_special_tokens=False, parse_special=False)
+        assert ours.encode_owned((piece, False) for piece in pieces) == whole
+
     @settings(max_examples=100, deadline=None)
     @given(text=TEXTS)
     def test_without_parsing_no_text_is_special(
