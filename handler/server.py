@@ -27,6 +27,8 @@ _COLLECT_AFTER = 20_000
 
 # As many connections as are ever wanted at once; each is an open file, and often 1,024 are allowed at first.
 _OPEN_FILES = 65_536
+# Longer than load balancers keep an idle connection (mostly 60 s): else they use one that was just closed.
+_KEEP_ALIVE_SECONDS = 75
 
 
 def serve(
@@ -59,6 +61,7 @@ def serve(
         server_header=False,
         proxy_headers=False,
         h11_max_incomplete_event_size=2 * MAX_HEADER_BYTES,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=int(settings.drain_seconds) + 1,
     )
     server = _Server(config)
