@@ -129,7 +129,9 @@ class Engine:
             self.scheduler.launched(scheduled)
             if self.keeps_fingerprint:
                 self.fingerprint = hash((self.fingerprint, *map(_fingerprint, scheduled)))
-        if len(self._under_way) > (self.runner.steps_ahead if scheduled else 0):
+        # The very first token waits for no second step, which loads what decodes are computed with.
+        goes_ahead = scheduled and self.stats.generated_tokens_total
+        if len(self._under_way) > (self.runner.steps_ahead if goes_ahead else 0):
             deltas += self._take(*self._under_way.popleft())
         if waiting is not None:
             waiting.sample(self._masks.of(_sampling(scheduled)))

@@ -41,6 +41,7 @@ from runtime.model.layers import LayerCache
 class DeviceRunner:
     """The model, its paged cache and its requests' state on one GPU; a `Runner`."""
 
+    steps_ahead = 1
     usual_prompt = 64
 
     def __init__(
@@ -83,7 +84,6 @@ class DeviceRunner:
         self._workspace = self._allocate_workspace(max_num_seqs, dtype, device)
         self._sampler = DeviceSampler(self._table, max_num_seqs, config.vocab_size, device)
         self.graphs = DecodeGraphs(max_num_seqs, self._decode)
-        self._has_decoded = False
 
     def _allocate_workspace(self, max_num_seqs: int, dtype: torch.dtype, device: torch.device) -> Workspace:
         config = self._config
@@ -101,11 +101,6 @@ class DeviceRunner:
 
     def _decode_splits(self, batch: int) -> int:
         return splits_for(batch, self._config.num_kv_heads, self._max_model_len)
-
-    @property
-    def steps_ahead(self) -> int:
-        """1, but nothing goes ahead of the first token: the first decode loads its kernels."""
-        return int(self._has_decoded)
 
     @torch.inference_mode()
     def launch(self, scheduled: Rows[Scheduled]) -> UnderWay:
@@ -150,7 +145,6 @@ class DeviceRunner:
         self, decodes: Rows[Scheduled], updates: list[BlockUpdate]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One token for each sequence, from a graph if there is one: slots, lengths, logits, padded."""
-        self._has_decoded = True
         size = len(decodes)
         if self.decoder.capturable:
             if (due := self.graphs.due(size)) is not None:

@@ -82,7 +82,6 @@ class Preparation(threading.Thread):
         self.plan: Plan
         self.weights: MappedWeights | DeviceWeights
         self._arena: DeviceWeights | None = None
-        self.arena_stays = False
         self._device = _Device(config.device)
         self.device = "cpu"
         self.driver: Driver | None = None
@@ -165,7 +164,6 @@ class Preparation(threading.Thread):
             self.weights = MappedWeights(self.plan, gate)
         else:
             self.weights = self._arena = DeviceWeights(self.plan, driver, gate)
-            self.arena_stays = gate is OPEN
         self._mark("first_byte")
         self.weights.load(self._loaded if gate is OPEN else lambda done: None)
         self._mark("last_byte")
@@ -227,7 +225,7 @@ def start(
         group = enter(ranks, preparation.driver, _PATIENCE * config.stuck_after_s)
         group.least(0)  # the first exchange makes connections: while weights are on their way
     if preparation.device == "cuda":
-        _load_what_computes(preparation, group is None)
+        importlib.import_module("runtime.engine.device_runner")  # with triton, while weights are on their way
     preparation.finish()
     if ranks is not None and len(set(ranks.control.exchange(preparation.directory.name))) > 1:
         # Nobody has to mend this: started again, they most likely find the same.
@@ -250,15 +248,6 @@ def start(
         counters={**_bytes(preparation, ranks), "kernels_compiled": _kernels_compiled(device)},
     )
     return engine, ready, sleeper
-
-
-def _load_what_computes(preparation: Preparation, is_alone: bool) -> None:
-    """Import triton and load cuBLAS, while the weights may still be on their way."""
-    if is_alone and preparation.arena_stays:
-        from runtime.engine.products import ProductsLoader
-
-        ProductsLoader(preparation.weights.tensors, num_rows=64).start()
-    importlib.import_module("runtime.engine.device_runner")
 
 
 def _bytes(preparation: Preparation, ranks: Ranks | None) -> dict[str, int]:
@@ -292,4 +281,5 @@ def _memory(preparation: Preparation, num_ranks: int) -> Memory:
         return HostMemory(weights)
     from runtime.engine.device_memory import DeviceMemory
 
+    driver.enter()
     return DeviceMemory(driver, weights if isinstance(weights, DeviceWeights) else None, num_ranks)
