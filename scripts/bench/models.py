@@ -1,20 +1,22 @@
 """Every model of the catalogue at its real shape, with random weights made on the GPU.
 
     python scripts/bench/models.py [--only MODEL ...] [--batches N ...] [--standard MODEL ...] [--layers N]
-                                   [--warm-up] [--json PATH]
+                                   [--tensor-parallel-size N] [--warm-up] [--json PATH]
 
-Each has the catalogue's length, 0.95 of the GPU's memory, and a process of its own. `ready` is from the first
-number of the weights to captured graphs. What a token takes (TPOT) stands beside what reading the weights
-and the cache once would take, at the memory's speed as measured in the same run. A model that would not fit
-beside a useful cache has fewer layers, and its row says so. With --standard a model also runs the standard
-workload of throughput.py. --warm-up first runs two layers of each, several at a time, so that kernels are
-compiled.
+Each has the catalogue's length, 0.95 of the GPU's memory, and a process of its own, with
+--tensor-parallel-size one for each GPU; then bytes and limits are those of one of them. `ready` is from the
+first number of the weights to captured graphs. What a token takes (TPOT) stands beside what reading the
+weights and the cache once would take, at the memory's speed as measured in the same run. A model that would
+not fit beside a useful cache has fewer layers, and its row says so. With --standard a model also runs the
+standard workload of throughput.py. --warm-up first runs two layers of each, several at a time, so that
+kernels are compiled.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +26,7 @@ from typing import Any
 
 from harness import ROOT, BenchError, limits_cuda, machine
 from harness.device_model import Found, Task, config_of, plan_of
+from harness.process import free_port
 from harness.report import Report, make_parser, progress, run
 from harness.shapes import SHAPES
 from harness.table import number
@@ -32,18 +35,30 @@ BENCH = Path(__file__).resolve().parent
 # Of the GPU's memory, what weights may take for there to be room for a cache.
 _WEIGHTS_SHARE = 0.7
 _AT_A_TIME = 8
+_PATH = [path for path in [os.environ.get("PYTHONPATH")] if path]
 
 
 class Child:
-    """A process for one model, which has imported what it needs by the time that its turn comes."""
+    """A process for one model, or one for each of its ranks, which has imported what it needs by the time
+    that its turn comes."""
 
-    def __init__(self) -> None:
+    def __init__(self, world_size: int) -> None:
+        meeting = (str(free_port()), secrets.token_hex(8))
+        self._processes = [self._start(rank, world_size, *meeting) for rank in range(world_size)]
+
+    @staticmethod
+    def _start(rank: int, world_size: int, *meeting: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "harness.device_model"]
-        path = os.pathsep.join([str(BENCH), *filter(None, [os.environ.get("PYTHONPATH")])])
-        self._process = subprocess.Popen(
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(BENCH), *_PATH])}
+        if world_size > 1:
+            command += [str(rank), str(world_size), *meeting]
+            # Its own GPU first; the others, to share memory with.
+            gpus = [rank, *(other for other in range(world_size) if other != rank)]
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+        return subprocess.Popen(
             command,
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": path},
+            env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -52,8 +67,15 @@ class Child:
 
     def run(self, task: Task) -> Found:
         """What it measures. Raises BenchError if it breaks."""
-        out, errors = self._process.communicate(json.dumps(asdict(task)) + "\n")
-        if self._process.returncode != 0:
+        first, *others = self._processes
+        for process in others:
+            assert process.stdin is not None
+            process.stdin.write(json.dumps(asdict(task)) + "\n")
+            process.stdin.close()
+        out, errors = first.communicate(json.dumps(asdict(task)) + "\n")
+        for process in others:
+            process.kill()
+        if first.returncode != 0:
             raise BenchError(f"{task.model}: {errors.strip()[-1500:]}")
         found = json.loads(out.splitlines()[-1])
         tpot = {int(batch): seconds for batch, seconds in found.pop("tpot").items()}
@@ -61,10 +83,11 @@ class Child:
 
     def close(self) -> None:
         """End it without a task."""
-        self._process.communicate("")
+        for process in self._processes:
+            process.communicate("")
 
 
-def layers_that_fit(name: str, memory: int) -> int:
+def layers_that_fit(name: str, memory: int, world_size: int) -> int:
     """0 for all of a model's layers, or how many leave room for a cache."""
     import tempfile
 
@@ -75,7 +98,7 @@ def layers_that_fit(name: str, memory: int) -> int:
             (Path(folder) / "config.json").write_text(json.dumps(config_of(name, layers)))
             model = read_model(Path(folder))
             assert not isinstance(model, ForeignModel)
-            return plan_of(model).arena_bytes
+            return plan_of(model, 0, world_size).arena_bytes
 
     whole, one, two = size(0), size(1), size(2)
     if whole <= _WEIGHTS_SHARE * memory:
@@ -102,30 +125,30 @@ def tasks(options: Any) -> list[Task]:
         if options.only and not any(part in name for part in options.only):
             continue
         length = models[name].max_model_len if name in models else None
-        layers = options.layers or layers_that_fit(name, memory)
+        layers = options.layers or layers_that_fit(name, memory, options.tensor_parallel_size)
         standard = any(part in name for part in options.standard)
         chosen.append(Task(name, length or 4096, layers, options.batches, standard))
     return chosen
 
 
-def warm_up(all_tasks: list[Task]) -> None:
+def warm_up(all_tasks: list[Task], world_size: int) -> None:
     """Compile everybody's kernels: two layers are as many kernels as all."""
     small = [
         Task(task.model, min(task.max_model_len, 1024), 2, task.batches, task.standard, steps=2)
         for task in all_tasks
     ]
+
+    def tried(task: Task) -> str | None:
+        try:
+            Child(world_size).run(task)
+        except BenchError as error:
+            return str(error)
+        return None
+
     with ThreadPoolExecutor(_AT_A_TIME) as pool:
-        for task, error in zip(small, pool.map(_tried, small), strict=True):
+        for task, error in zip(small, pool.map(tried, small), strict=True):
             if error is not None:
                 progress(f"warm-up of {task.model}: {error}")
-
-
-def _tried(task: Task) -> str | None:
-    try:
-        Child().run(task)
-    except BenchError as error:
-        return str(error)
-    return None
 
 
 def row(task: Task, found: Found, read: float, data: dict[str, Any]) -> list[str]:
@@ -151,22 +174,24 @@ def main() -> None:
     parser.add_argument(
         "--standard", nargs="+", default=[], metavar="MODEL", help="run the workload on these"
     )
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N")
     parser.add_argument("--layers", type=int, default=0, metavar="N", help="fewer than the real models have")
     parser.add_argument("--warm-up", action="store_true", help="compile kernels first, on all cores")
     options = parser.parse_args()
+    size = options.tensor_parallel_size
     sys.path.append(str(ROOT))
     report = Report("every model at its real shape", options)
     chosen = tasks(options)
     if options.warm_up:
         progress(f"warm-up of {len(chosen)} models")
-        warm_up(chosen)
+        warm_up(chosen, size)
     read = limits_cuda.measure_apart()["read"]
     report.data |= {"read_bytes_per_s": read, "models": {}}
     report.add_note(f"the GPU reads {number(read / 1e9)} GB/s; x is times the limit")
     rows, broken = [], []
-    following = Child()
+    following = Child(size)
     for place, task in enumerate(chosen):
-        child, following = following, Child() if place + 1 < len(chosen) else None
+        child, following = following, Child(size) if place + 1 < len(chosen) else None
         progress(task.model)
         try:
             rows.append(row(task, child.run(task), read, report.data["models"]))

@@ -22,6 +22,8 @@ import torch
 import triton
 import triton.language as tl
 
+from runtime.kernels.gpu.launch import kernel
+
 SLOTS = 3
 _SLOTS = tl.constexpr(SLOTS)
 
@@ -181,6 +183,7 @@ def _normed(total, residual, weight, residual_ptrs, mask, eps, HIDDEN_SIZE: tl.c
     return wide * scale * weight.to(tl.float32)
 
 
+@kernel
 @triton.jit(do_not_specialize=["rank", "max_rows"])
 def _one_shot_kernel(
     x_ptr,
@@ -226,6 +229,7 @@ def _one_shot_kernel(
     tl.store(turns_ptr + row, (turn + 1) % _SLOTS)
 
 
+@kernel
 @triton.jit(do_not_specialize=["rank", "max_rows"])
 def _two_shot_kernel(
     x_ptr,

@@ -1,12 +1,13 @@
 """One model of random weights that are made on the GPU, with no checkpoint anywhere, and its engine.
 
-`python -m harness.device_model` is a process for one model: it imports what it needs, waits for a `Task` as
-a line of JSON, and answers with what it measured.
+`python -m harness.device_model [RANK WORLD_SIZE PORT TOKEN]` is a process for one model, or for one rank of
+it: it imports what it needs, waits for a `Task` as a line of JSON, and answers with what it measured.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
 import sys
 import tempfile
@@ -24,12 +25,14 @@ if TYPE_CHECKING:
 
     from runtime.engine.core import Engine
     from runtime.model.families import Model
+    from runtime.parallel.ranks import Ranks
     from runtime.weights.plan import Plan
 
 STEPS = 48
 PROMPT = 128
 _LAYERS = ("num_hidden_layers", "num_layers")
 _STANDARD_DEVIATION = 0.02
+_PATIENCE_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -67,12 +70,12 @@ def config_of(name: str, layers: int = 0) -> dict[str, Any]:
     return config
 
 
-def plan_of(model: Model) -> Plan:
+def plan_of(model: Model, rank: int = 0, world_size: int = 1) -> Plan:
     """The plan of loading what there is no file of."""
     from runtime.weights.imagined import imagined_checkpoint
     from runtime.weights.plan import make_plan
 
-    return make_plan(model, imagined_checkpoint(model))
+    return make_plan(model, imagined_checkpoint(model), rank, world_size)
 
 
 def fill(name: str, tensor: torch.Tensor, model: Model) -> None:
@@ -110,8 +113,11 @@ def step_bytes(model: Model, plan: Plan) -> int:
     )
 
 
-def make_engine(task: Task, directory: Path) -> tuple[Engine, Model, Plan]:
-    """The engine of a model whose config.json is in `directory`, ready, with its graphs captured."""
+def make_engine(task: Task, directory: Path, ranks: Ranks | None) -> tuple[Engine, Model, Plan]:
+    """The engine of a model whose config.json is in `directory`, ready, with its graphs captured.
+
+    With `ranks` it is this rank's part of the engine, and all of them must do the same.
+    """
     import torch
 
     from runtime.catalogue import ModelSpec
@@ -125,9 +131,15 @@ def make_engine(task: Task, directory: Path) -> tuple[Engine, Model, Plan]:
 
     model = read_model(directory)
     assert not isinstance(model, ForeignModel)
-    plan, driver = plan_of(model), Driver()
+    rank, world_size = (0, 1) if ranks is None else (ranks.rank, ranks.world_size)
+    plan, driver, group = plan_of(model, rank, world_size), Driver(), None
     weights = DeviceWeights(plan, driver)
-    torch.manual_seed(0)
+    torch.manual_seed(rank)
+    if ranks is not None:
+        from runtime.parallel.entry import enter
+
+        ranks.meet(has_gpu=True)
+        group = enter(ranks, driver, _PATIENCE_S)
     for name, parts in weights.tensors().items():
         for part in parts:
             fill(name, part, model)
@@ -140,8 +152,8 @@ def make_engine(task: Task, directory: Path) -> tuple[Engine, Model, Plan]:
         max_num_seqs=256 if task.standard else max(task.batches),
         enable_prefix_caching=False,
     )
-    memory = DeviceMemory(driver, weights, 1)
-    engine, _ = build_engine(config, directory, model, weights.tensors, "cuda", memory)
+    memory = DeviceMemory(driver, weights, world_size)
+    engine, _ = build_engine(config, directory, model, weights.tensors, "cuda", memory, group)
     canary.ask(engine)
     while engine.runner.use_idle_time():
         pass
@@ -190,15 +202,15 @@ def standard_rate(engine: Engine) -> float:
     return count / (time.perf_counter() - began)
 
 
-def measure(task: Task) -> Found:
-    """Everything about one model."""
+def measure(task: Task, ranks: Ranks | None) -> Found:
+    """Everything about one model; bytes are those of one rank."""
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
         (directory / "config.json").write_text(json.dumps(config_of(task.model, task.layers)))
-        engine, model, plan = make_engine(task, directory)
+        engine, model, plan = make_engine(task, directory, ranks)
         ready = time.perf_counter() - began
-        config = model.config
+        config = model.config if ranks is None else model.config.of_rank(ranks.world_size)
         blocks = engine.scheduler.blocks
         tpot = {batch: decode_seconds(engine, batch, task.steps) for batch in task.batches}
         if task.standard:
@@ -215,6 +227,17 @@ def measure(task: Task) -> Found:
         )
 
 
+def ranks_of(arguments: list[str]) -> Ranks | None:
+    """This process's place among several; None for one that is alone."""
+    if not arguments:
+        return None
+    from runtime.parallel.control import Meeting
+    from runtime.parallel.ranks import Ranks
+
+    rank, world_size, port, token = arguments
+    return Ranks(int(rank), int(world_size), Meeting("127.0.0.1", int(port), token))
+
+
 def main() -> None:
     """Serve one task."""
     sys.path.append(str(ROOT))
@@ -225,7 +248,12 @@ def main() -> None:
     import runtime.engine.device_runner  # noqa: F401
 
     if line := sys.stdin.readline():
-        print(json.dumps(asdict(measure(Task(**json.loads(line))))), flush=True)
+        ranks = ranks_of(sys.argv[1:])
+        found = measure(Task(**json.loads(line)), ranks)
+        print(json.dumps(asdict(found)), flush=True)
+        if ranks is not None:
+            ranks.control.exchange(0)  # nobody leaves before all have answered
+            os._exit(0)
 
 
 if __name__ == "__main__":
