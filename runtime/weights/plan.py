@@ -20,6 +20,8 @@ from runtime.weights.checkpoint import CheckpointError, TensorInfo
 
 # What the arena's parameters start at: a multiple that every device's widest loads are happy with.
 ALIGNMENT = 256
+# Of rows that are cut, parts of this size are read one by one. As in native/readers.c.
+MIN_PART_BYTES = 1024
 DTYPES: dict[Holds, tuple[str, ...]] = {
     "floats": ("F32", "F16", "BF16"), "int32": ("I32",), "e4m3": ("F8_E4M3",),
 }  # fmt: skip
@@ -53,9 +55,10 @@ class Piece:
 
     @property
     def file_bytes(self) -> int:
-        """Bytes of the rows that it takes something of."""
-        count = sum(last - first for first, last in self.rows)
-        return count * math.prod(self.tensor.shape[1:]) * self.tensor.item_bytes
+        """Bytes that are read for it: narrow parts come with the rest of their rows."""
+        row = math.prod(self.tensor.shape[1:]) * self.tensor.item_bytes
+        part = self.num_bytes // max(1, self.shape[0])
+        return self.num_bytes if part >= MIN_PART_BYTES else self.num_bytes // max(1, part) * row
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class Plan:
 
     @property
     def file_bytes(self) -> int:
-        """Bytes of the files that are read for that: of rows that are cut, all."""
+        """Bytes of the files that are read for that."""
         return sum(piece.file_bytes for parameter in self.parameters for piece in parameter.pieces)
 
 

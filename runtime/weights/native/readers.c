@@ -4,6 +4,7 @@
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdint.h>
@@ -15,6 +16,9 @@
 #define EXPORT __attribute__((visibility("default")))
 #define BUFFERS 2 /* of each reader: one is read into while the other is copied from */
 #define MAX_READERS 64
+/* Of rows that are cut, parts of this size are read one by one; with smaller ones it is quicker to read whole rows. As
+ * in plan.py. */
+#define MIN_PART_BYTES 1024
 
 /* Of each `pitch` bytes of the run, `width` from `skip` on go to the device, where they lie close together. */
 typedef struct {
@@ -116,6 +120,13 @@ static void fail(readers_t *readers, int kind, int code, const char *call, int64
     pthread_mutex_unlock(&readers->lock);
 }
 
+static int by_parts(const run_t *run) { return run->width != run->pitch && run->width >= MIN_PART_BYTES; }
+
+/* How much of a piece is read from its file. */
+static int64_t read_of(const run_t *piece) {
+    return by_parts(piece) ? piece->num_bytes / piece->pitch * piece->width : piece->num_bytes;
+}
+
 /* The next piece that fits a buffer, and the run that it is of; waits for runs to be added. 0: there is no more. */
 static int take(readers_t *readers, run_t *piece, int64_t *number) {
     pthread_mutex_lock(&readers->lock);
@@ -125,7 +136,7 @@ static int take(readers_t *readers, run_t *piece, int64_t *number) {
     if (found) {
         const run_t *run = &readers->runs[readers->next];
         const int64_t whole = run->width == run->pitch ? 1 : run->pitch;
-        const int64_t most = readers->buffer_bytes / whole * whole;
+        const int64_t most = readers->buffer_bytes / (by_parts(run) ? run->width : whole) * whole;
         const int64_t left = run->num_bytes - readers->at;
         *piece = *run;
         *number = readers->next;
@@ -176,9 +187,9 @@ static void free_ring(readers_t *readers, ring_t *ring) {
     if (ring->stream) driver.destroy_stream(ring->stream);
 }
 
-static int read_piece(readers_t *readers, const run_t *piece, int64_t number, char *memory) {
-    for (int64_t done = 0; done < piece->num_bytes;) {
-        const ssize_t count = pread((int)piece->file, memory + done, piece->num_bytes - done, piece->start + done);
+static int read_bytes(readers_t *readers, int64_t file, int64_t start, int64_t num_bytes, char *memory, int64_t number) {
+    for (int64_t done = 0; done < num_bytes;) {
+        const ssize_t count = pread((int)file, memory + done, num_bytes - done, start + done);
         if (count < 0 && errno == EINTR) continue;
         if (count <= 0) {
             fail(readers, count ? READ : SHORT, count ? errno : 0, "pread", number);
@@ -189,9 +200,24 @@ static int read_piece(readers_t *readers, const run_t *piece, int64_t number, ch
     return 1;
 }
 
+static int read_piece(readers_t *readers, const run_t *piece, int64_t number, char *memory) {
+    if (!by_parts(piece)) return read_bytes(readers, piece->file, piece->start, piece->num_bytes, memory, number);
+    /* Where the file is not in memory yet, it comes in one go all the same. */
+    posix_fadvise((int)piece->file, piece->start, piece->num_bytes, POSIX_FADV_WILLNEED);
+    for (int64_t row = 0; row < piece->num_bytes / piece->pitch; row++) {
+        const int64_t start = piece->start + row * piece->pitch + piece->skip;
+        if (!read_bytes(readers, piece->file, start, piece->width, memory + row * piece->width, number)) return 0;
+    }
+    return 1;
+}
+
 static int copy_piece(readers_t *readers, const run_t *piece, int64_t number, const char *memory, void *stream) {
     if (piece->width == piece->pitch) {
         TRY(readers, "cuMemcpyHtoDAsync", driver.copy(piece->target, memory, piece->num_bytes, stream), number);
+        return 1;
+    }
+    if (by_parts(piece)) {
+        TRY(readers, "cuMemcpyHtoDAsync", driver.copy(piece->target, memory, read_of(piece), stream), number);
         return 1;
     }
     const copy_2d_t copy = {
@@ -208,7 +234,7 @@ static int send_piece(readers_t *readers, const run_t *piece, int64_t number, ri
     if (!read_piece(readers, piece, number, ring->memory[turn])) return 0;
     if (!copy_piece(readers, piece, number, ring->memory[turn], ring->stream)) return 0;
     TRY(readers, "cuEventRecord", driver.record(ring->copied[turn], ring->stream), number);
-    atomic_fetch_add(&readers->done, piece->num_bytes);
+    atomic_fetch_add(&readers->done, read_of(piece));
     return 1;
 }
 

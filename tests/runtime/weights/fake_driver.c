@@ -53,6 +53,25 @@ int cuCtxSetCurrent(void *context) { return (void)context, 0; }
 int cuGetErrorString(int code, const char **text) { return (void)code, *text = "an illegal address", 0; }
 int cuMemAlloc_v2(uint64_t *address, size_t size) { return *address = (uintptr_t)malloc(size), 0; }
 int cuMemFree_v2(uint64_t address) { return free((void *)(uintptr_t)address), 0; }
+int cuCtxGetDevice(int *device) { return *device = 0, 0; }
+int cuMemGetAllocationGranularity(size_t *size, const void *properties, int option) {
+    return (void)properties, (void)option, *size = 1, 0;
+}
+int cuMemAddressReserve(uint64_t *address, size_t size, size_t alignment, uint64_t near, uint64_t flags) {
+    return (void)alignment, (void)near, (void)flags, *address = (uintptr_t)malloc(size), 0;
+}
+int cuMemAddressFree(uint64_t address, size_t size) { return (void)size, free((void *)(uintptr_t)address), 0; }
+int cuMemCreate(uint64_t *handle, size_t size, const void *properties, uint64_t flags) {
+    return (void)size, (void)properties, (void)flags, *handle = 1, 0;
+}
+int cuMemRelease(uint64_t handle) { return (void)handle, 0; }
+int cuMemMap(uint64_t address, size_t size, size_t offset, uint64_t handle, uint64_t flags) {
+    return (void)address, (void)size, (void)offset, (void)handle, (void)flags, 0;
+}
+int cuMemUnmap(uint64_t address, size_t size) { return (void)address, (void)size, 0; }
+int cuMemSetAccess(uint64_t address, size_t size, const void *access, size_t count) {
+    return (void)address, (void)size, (void)access, (void)count, 0;
+}
 int cuMemHostAlloc(void **memory, size_t size, unsigned flags) {
     return (void)flags, *memory = malloc(size), status("cuMemHostAlloc");
 }

@@ -96,6 +96,43 @@ def test_the_arena_holds_the_files_bytes(
         assert arena[parameter.offset : parameter.offset + len(expected)] == expected, parameter.name
 
 
+PARTS = """
+import ctypes, os, sys
+from pathlib import Path
+from runtime.weights import native_readers, readers
+from runtime.weights.checkpoint import TensorInfo
+from runtime.weights.cuda_driver import Driver
+from runtime.weights.plan import Piece, Plan, PlannedParameter
+from runtime.weights.upload import DeviceWeights
+
+file, width = Path(sys.argv[1]), int(sys.argv[2])
+native_readers.CHUNK_BYTES = 60_000
+native_readers._BUFFER_BYTES = readers.BUFFER_BYTES = 9_000
+content = os.urandom(50 + 101 * 8192)
+file.write_bytes(content)
+tensor = TensorInfo("t", "F32", (101, 2048), file, 50, len(content))
+first = 3 * width
+piece = Piece(tensor, ((5, 60), (70, 101)), (first, first + width))
+weights = DeviceWeights(Plan((PlannedParameter("t", (piece,), 256),), 256 + piece.num_bytes), Driver())
+weights.load(lambda done: None)
+rows = [*range(5, 60), *range(70, 101)]
+starts = [50 + row * 8192 + 4 * first for row in rows]
+expected = b"".join(content[start : start + 4 * width] for start in starts)
+assert ctypes.string_at(weights.address + 256, piece.num_bytes) == expected
+"""
+
+
+@pytest.mark.parametrize("width", [64, 256, 512])
+def test_parts_of_rows(driver: Path, tmp_path: Path, width: int) -> None:
+    """Columns of 256, 1024 and 2048 bytes: read along with what is between them, or one by one."""
+    done = subprocess.run(
+        [sys.executable, "-c", PARTS, str(tmp_path / "file"), str(width)],
+        env={**os.environ, "LD_LIBRARY_PATH": str(driver), "FIRSTLIGHT_READERS": "native"},
+        cwd=HERE.parents[2], capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("call", ["cuMemHostAlloc", "cuMemcpyHtoDAsync_v2"])
 def test_a_call_of_the_driver_that_fails_is_named(driver: Path, tmp_path: Path, kind: str, call: str) -> None:
