@@ -59,9 +59,9 @@ class Masks:
         self._threads = ThreadPoolExecutor(thread_name_prefix="masks")
         self._executors: dict[int, LLExecutor] = {}
 
-    def of(self, sequences: Rows[Sequence]) -> TokenMasks | None:
-        """The masks of those sequences that have a grammar and go on; None if there are none."""
-        rows = [s for s in sequences if s.constraint is not None and not s.ended]
+    def of(self, held: Rows[Sequence]) -> TokenMasks | None:
+        """The masks of those sequences, which all have a grammar, that go on; None if there are none."""
+        rows = [sequence for sequence in held if not sequence.ended]
         if not rows:
             return None
         bits = self._compute([s.constraint for s in rows if s.constraint is not None])

@@ -118,13 +118,14 @@ class Engine:
         deltas, self._refused = self._refused, []
         scheduled = self.scheduler.schedule()
         waiting: Launched | None = None
+        held = [i.sequence for i in scheduled if i.sequence.constraint is not None and i.samples]
         if scheduled:
             self._note_admitted(scheduled)
             launched = self.runner.launch(scheduled)
-            if self._under_way and _follows_grammar(scheduled):
+            if held and self._under_way:
                 waiting = launched
             else:
-                launched.sample(self._masks.of(_sampling(scheduled)))
+                launched.sample(self._masks.of(held))
             self._under_way.append((scheduled, launched))
             self.scheduler.launched(scheduled)
             if self.keeps_fingerprint:
@@ -134,7 +135,7 @@ class Engine:
         if len(self._under_way) > (self.runner.steps_ahead if goes_ahead else 0):
             deltas += self._take(*self._under_way.popleft())
         if waiting is not None:
-            waiting.sample(self._masks.of(_sampling(scheduled)))
+            waiting.sample(self._masks.of(held))
         self._count()
         return StepOutput(deltas=deltas, stats=self.stats)
 
@@ -219,11 +220,3 @@ def _fingerprint(item: Scheduled) -> int:
     """Of numbers alone: the hashes of texts differ from process to process."""
     sequence = item.sequence
     return hash((sequence.order, sequence.slot, item.start, item.num_new, sequence.table.block_ids[-1]))
-
-
-def _sampling(scheduled: Iterable[Scheduled]) -> list[Sequence]:
-    return [item.sequence for item in scheduled if item.samples]
-
-
-def _follows_grammar(scheduled: Iterable[Scheduled]) -> bool:
-    return any(item.samples and item.sequence.constraint is not None for item in scheduled)
