@@ -179,7 +179,7 @@ class Conversation:
         field = "tool_choice" if offer.required else "tools" if form is None else form.field
         write = None if calls is None else calls.grammar
         if write is None and offer.held:
-            message = f"'{field}' cannot be met: nothing can hold this model to a way of writing its calls."
+            message = f"'{field}' cannot be met: with --tool-call-parser none, no calls are read."
             raise ApiError(400, message, param=field, code="unsupported_value")
         size = sum(len(encode(function.schema)) for function in offer.callable)
         if size > MAX_GRAMMAR_BYTES:

@@ -6,11 +6,13 @@ They are rules in llguidance's Lark, of which `calls` stands for one or more cal
 from __future__ import annotations
 
 import json
+import keyword
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from handler.openai.reply.mistral import ARGUMENTS, BEGIN
+from runtime.errors import RequestError
 from runtime.text.grammar import literal, moved, with_options
 
 # A text that cannot be taken for the beginning of a call in bare JSON.
@@ -83,6 +85,44 @@ def _mistral_named(rules: CallRules) -> CallGrammar:
     return _tagged(rules, BEGIN, "body", bodies)
 
 
+def chatglm3(rules: CallRules) -> CallGrammar:
+    """A line with the function's name, then a call in Python, whose values are spelled as JSON is."""
+    lines = ["calls: " + " | ".join(f"call_{n}" for n in range(len(rules.functions)))]
+    for n, function in enumerate(rules.functions):
+        head, tail = literal(f"{function.name}\n ```python\ntool_call("), literal(")\n```")
+        lines.append(f"call_{n}: {head} ({_keywords(function)}) {tail}")
+    calls = "\n".join(lines)
+    # A reply without a call begins with an empty line.
+    return CallGrammar(calls, f'free: ("\\n" TEXT)? | calls\n{calls}')
+
+
+def _keywords(function: Signature) -> str:
+    """The keyword arguments that fit a function's schema: those that are required, then any of the others."""
+    schema = function.schema
+    fields = schema.get("properties", {})
+    for name in fields:
+        if not name.isidentifier() or keyword.iskeyword(name):
+            message = (
+                f"this model calls in Python, where '{name}' of '{function.name}' is no argument's name."
+            )
+            raise RequestError(message, "tools")
+    shared: dict[str, Any] = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    given = {}
+    for name, field in fields.items():
+        value = _as_json({**_as_object(field), **shared}, lenient=not function.strict)
+        given[name] = f"{literal(f'{name}=')} {value}"
+    required = [name for name in given if name in schema.get("required", ())]
+    others = [name for name in given if name not in required]
+    more = [f'(", " {given[name]})?' for name in others]
+    if required:
+        return " ".join([' ", " '.join(given[name] for name in required), *more])
+    return " | ".join(['""', *(" ".join([given[name], *more[n + 1 :]]) for n, name in enumerate(others))])
+
+
+def _as_object(schema: Any) -> dict[str, Any]:
+    return schema if isinstance(schema, dict) else {} if schema else {"enum": []}
+
+
 def llama3_json(rules: CallRules) -> CallGrammar:
     """The calls as JSON with nothing around them, parted by `; `."""
     more = ' ("; " call)*' if rules.several else ""
@@ -134,8 +174,7 @@ def _bodies(rules: CallRules, key: str) -> list[str]:
 
 
 def _arguments(n: int, function: Signature) -> str:
-    schema = with_options(function.schema, lenient=not function.strict)
-    return f"args_{n}: %json {json.dumps(schema, ensure_ascii=False)}"
+    return f"args_{n}: {_as_json(function.schema, lenient=not function.strict)}"
 
 
 def _any_call(rules: CallRules, key: str, place: str) -> dict[str, Any]:
@@ -151,5 +190,8 @@ def _any_call(rules: CallRules, key: str, place: str) -> dict[str, Any]:
 
 
 def _json(rules: CallRules, schema: dict[str, Any]) -> str:
-    lenient = not any(function.strict for function in rules.functions)
+    return _as_json(schema, lenient=not any(function.strict for function in rules.functions))
+
+
+def _as_json(schema: dict[str, Any], *, lenient: bool) -> str:
     return f"%json {json.dumps(with_options(schema, lenient=lenient), ensure_ascii=False)}"

@@ -16,6 +16,7 @@ from collections.abc import Collection
 from handler.openai.reply.json_call import CallWriter
 from handler.openai.reply.said import Said
 
+_JSON_NAMES = {"true": True, "false": False, "null": None}
 _CODE = re.compile(r"```(?:python)?\s*\n(.*?)(?:```|\Z)", re.DOTALL)
 
 
@@ -58,12 +59,19 @@ class ChatGlm3Calls:
         return said
 
 
+class _Constants(ast.NodeTransformer):
+    """Values that are spelled as in JSON, as Python spells them."""
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        return ast.Constant(_JSON_NAMES[node.id]) if node.id in _JSON_NAMES else node
+
+
 def _arguments(text: str) -> str | None:
     """The keyword arguments of the call in a piece of Python, as JSON; None if there is no such call."""
     code = _CODE.search(text)
     try:
         tree = ast.parse((code[1] if code else text).strip(), mode="eval")
-        call = tree.body
+        call = _Constants().visit(tree).body
         if not isinstance(call, ast.Call) or call.args:
             return None
         return json.dumps({str(item.arg): ast.literal_eval(item.value) for item in call.keywords})

@@ -27,12 +27,12 @@ _ALPHANUMERIC = string.ascii_letters + string.digits
 class CallFormat:
     """How a family writes tool calls. `tags` are the tokens that must be seen to find them.
 
-    `grammar` says what may be written; None where that cannot be said. `id_length` is set where the
-    family's chat template takes only ids of that length.
+    `grammar` says what may be written. `id_length` is set where the family's chat template takes only ids
+    of that length.
     """
 
     reader: Callable[[Collection[str]], CallReader]
-    grammar: Callable[[CallRules], CallGrammar] | None
+    grammar: Callable[[CallRules], CallGrammar]
     tags: tuple[str, ...] = ()
     id_length: int | None = None
     always: bool = False  # also needed for replies to requests without tools
@@ -68,8 +68,7 @@ CALL_FORMATS = {
         call_grammar.internlm,
         ("<|action_start|>", "<|plugin|>", "<|action_end|>"),
     ),
-    # Python code, which no JSON schema is about.
-    "chatglm3": CallFormat(ChatGlm3Calls, None, always=True),
+    "chatglm3": CallFormat(ChatGlm3Calls, call_grammar.chatglm3, always=True),
     "json": CallFormat(BareJsonCalls, call_grammar.bare_json),
 }
 # What a template or a vocabulary holds only where the family writes its calls so.
