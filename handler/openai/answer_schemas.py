@@ -47,7 +47,8 @@ def closed(fields: dict[str, Schema], **optional: Schema) -> Schema:
 
 _FUNCTION = closed({"name": STRING, "arguments": STRING})
 _TOKEN_SCORE = {"token": STRING, "logprob": NUMBER, "bytes": array(INTEGER)}
-_SCORES = closed({"content": array(closed({**_TOKEN_SCORE, "top_logprobs": array(closed(_TOKEN_SCORE))}))})
+_SCORE = closed({**_TOKEN_SCORE, "top_logprobs": array(closed(_TOKEN_SCORE))})
+_SCORES = closed({"content": array(_SCORE), "refusal": NULL})
 _TEXT_SCORES = closed(
     {
         "tokens": array(STRING),

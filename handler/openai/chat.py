@@ -173,7 +173,7 @@ class ChatAnswer(BaseAnswer):
         if not self.request.logprobs:
             return None
         assert self._names is not None
-        return {"content": chat_content(entries, self._names)}
+        return {"content": chat_content(entries, self._names), "refusal": None}
 
     def _prompt_logprobs(self) -> list[dict[str, Any] | None] | None:
         if self.request.prompt_logprobs is None:

@@ -26,6 +26,10 @@ def _boolean(value: Any) -> bool:
     return isinstance(value, bool)
 
 
+def _object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
 def _metadata(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
 
@@ -37,6 +41,7 @@ _WITHOUT_EFFECT: dict[str, Test] = {
     "store": _boolean,
     "safety_identifier": _text,
     "prompt_cache_key": _text,
+    "prompt_cache_options": _object,
     "prompt_cache_retention": _text,
     "service_tier": _is("auto", "default"),
 }
@@ -75,7 +80,6 @@ _NEVER = {
     "prediction",
     "previous_response_id",
     "prompt",
-    "prompt_cache_options",
     "prompt_embeds",
     "thinking_token_budget",
     "truncate_prompt_tokens",

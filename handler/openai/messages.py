@@ -21,8 +21,9 @@ class TextPart(Strict):
 
     type: Literal["text"]
     text: str
-    # Where another vendor's servers would begin to keep what comes before; here all of it is kept anyway.
+    # Up to where other servers would keep what they have computed; here all of it is kept anyway.
     cache_control: dict[str, str] | None = None
+    prompt_cache_breakpoint: dict[str, str] | None = None
 
 
 class RefusalPart(Strict):

@@ -74,6 +74,7 @@ _HARMLESS = {
     "store": BOOLEAN,
     "safety_identifier": STRING,
     "prompt_cache_key": STRING,
+    "prompt_cache_options": {"type": "object"},
     "prompt_cache_retention": STRING,
     "service_tier": {"type": "string", "enum": ["auto", "default"]},
 }
