@@ -164,6 +164,7 @@ SERVER_FLAGS = (
         "keys of which clients must send one as `Authorization: Bearer KEY`. The environment variable keeps "
         "them out of the process list. Default: no key is asked for.",
         "KEY",
+        env=("VLLM_API_KEY",),  # who moves here with it set must not stand open
         many=True,
     ),
     Flag(

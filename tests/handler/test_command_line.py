@@ -100,6 +100,11 @@ class TestOrder:
         assert settings.engine.gpu_memory_utilization == 0.5
         assert settings.engine.cache_dir == "/somewhere"
 
+    def test_the_key_of_vllms_environment_locks_the_door_too(self, catalogue: str) -> None:
+        environ = {"FIRSTLIGHT_CATALOGUE": catalogue, "VLLM_API_KEY": "theirs"}
+        assert settle("", environ).api_keys == ("theirs",)
+        assert settle("", environ | {"FIRSTLIGHT_API_KEY": "ours"}).api_keys == ("ours",)
+
     def test_idleness_is_settled_like_everything_else(self, catalogue: str) -> None:
         with open(catalogue, "a") as file:
             file.write("  idle: {source: hf://org/idle, idle_sleep_s: 60, idle_exit_s: 600}\n")
