@@ -81,9 +81,9 @@ class EngineClient:
 
     # ---- life ----------------------------------------------------------------------------------
 
-    def spawn(self) -> None:
-        """Start the engine's processes. Needs no event loop, so it can come before heavy imports."""
-        self._ranks = start_engine(self.config)
+    def spawn(self, started: list[EngineProcess] | None = None) -> None:
+        """Start the engine's processes, or take on those that `start_engine` has. Needs no event loop."""
+        self._ranks = started or start_engine(self.config)
         self._set_state("loading")
 
     @property

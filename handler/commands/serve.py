@@ -65,12 +65,16 @@ def run(given: dict[str, Any]) -> int:
 
         # Clients can connect from here on. Next comes the engine, which takes longest, then what serves.
         from handler.settings import read_others, read_settings
-        from runtime.client import EngineClient
+        from runtime.processes import start_engine
 
         settings = read_settings(values)
         others = read_others(values)
+        started = start_engine(settings.engine)
+
+        from runtime.client import EngineClient
+
         client = EngineClient(settings.engine)
-        client.spawn()
+        client.spawn(started)
         client.marks["listen"] = listening
         name = settings.served_model_names[0]
         url = url_of(sock)

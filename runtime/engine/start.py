@@ -31,6 +31,7 @@ from runtime.weights.upload import DeviceWeights
 if TYPE_CHECKING:
     from runtime.engine.core import Engine
     from runtime.engine.sleeper import Memory, Sleeper
+    from runtime.weights.sources.arrival import Arrival
 
 _PROGRESS_INTERVAL_S = 0.1
 # How much longer a sum over all ranks waits for them than the watchdog, which has better words.
@@ -127,7 +128,7 @@ class Preparation(threading.Thread):
         self.model = read_model(directory)
         self._load(directory, OPEN)
 
-    def _loaded_as_it_comes(self, arrival: sources.Arrival) -> bool:
+    def _loaded_as_it_comes(self, arrival: Arrival) -> bool:
         """Load while the model is being fetched; False if something wrong was loaded, and came again."""
         try:
             self._load(arrival.directory, arrival.gate)

@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.weights.sources import local
-from runtime.weights.sources.arrival import Arrival
 from runtime.weights.sources.errors import SourceError
 from runtime.weights.sources.progress import FetchProgress, ProgressBar
 from runtime.weights.sources.reference import Reference, parse_reference
 
 if TYPE_CHECKING:
     from runtime.catalogue import ModelSpec
+    from runtime.weights.sources.arrival import Arrival
 
 __all__ = [
-    "Arrival",
     "FetchProgress",
     "ProgressBar",
     "Reference",
@@ -70,6 +69,8 @@ def fetch(
 
 def arrive(spec: ModelSpec, cache_dir: Path, on_progress: Callable[[FetchProgress], None]) -> Arrival:
     """Begin to bring what is missing of the model, in a process of its own."""
+    from runtime.weights.sources.arrival import Arrival
+
     return Arrival(_reference(spec), cache_dir, on_progress)
 
 
