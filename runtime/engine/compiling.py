@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 from runtime.engine.grammar import Grammars
 from runtime.protocol import Submit
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
 
 # A grammar that takes long holds up others' only once so many of them do.
 _NUM_THREADS = 4
@@ -19,7 +22,7 @@ class Compiling:
     def __init__(self, grammars: Grammars, wake: Callable[[], None]) -> None:
         self._grammars = grammars
         self._wake = wake
-        self._threads = ThreadPoolExecutor(_NUM_THREADS, "grammar")
+        self._threads: ThreadPoolExecutor | None = None
         self._pending: set[str] = set()
         self._done: queue.SimpleQueue[Submit] = queue.SimpleQueue()
         self._kept: dict[str, Submit] = {}  # finished before they were waited for
@@ -31,6 +34,10 @@ class Compiling:
 
     def begin(self, request: Submit) -> None:
         """Take in a request that has a grammar."""
+        if self._threads is None:
+            from concurrent.futures import ThreadPoolExecutor
+
+            self._threads = ThreadPoolExecutor(_NUM_THREADS, "grammar")
         self._pending.add(request.request_id)
         self._threads.submit(self._work, request)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +10,8 @@ import torch
 from runtime.engine.step import TokenMasks
 
 if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
     from llguidance import LLExecutor, LLMatcher
 
     from runtime.engine.sequence import Sequence
@@ -56,7 +57,7 @@ class Masks:
         self._end = divmod(vocab_size, 32)
         self._pinned = pinned
         self._bits: torch.Tensor | None = None
-        self._threads = ThreadPoolExecutor(thread_name_prefix="masks")
+        self._threads: ThreadPoolExecutor | None = None
         self._executors: dict[int, LLExecutor] = {}
 
     def of(self, held: Rows[Sequence]) -> TokenMasks | None:
@@ -75,14 +76,18 @@ class Masks:
 
     def _compute(self, constraints: list[Constraint]) -> torch.Tensor:
         """One row for each: lane beside lane, each from its beginning to its end without Python's lock."""
-        if self._bits is None:
+        if self._bits is None or self._threads is None:
+            from concurrent.futures import ThreadPoolExecutor
+
+            self._threads = ThreadPoolExecutor(thread_name_prefix="masks")
             self._bits = torch.empty(self._shape, dtype=torch.int32, pin_memory=self._pinned)
         bits = self._bits[: len(constraints)]
         lanes: dict[int, list[tuple[LLMatcher, int]]] = {}
         for row, constraint in enumerate(constraints):
             lanes.setdefault(constraint.lane, []).append((constraint.matcher, row))
         first, *others = lanes.items()
-        elsewhere = [self._threads.submit(self._fill, lane, matchers, bits) for lane, matchers in others]
+        submit = self._threads.submit
+        elsewhere = [submit(self._fill, lane, matchers, bits) for lane, matchers in others]
         self._fill(*first, bits)
         for done in elsewhere:
             done.result()

@@ -8,13 +8,13 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.engine.trial import Trial, limits
-from runtime.engine.vocabulary import Vocabulary, read_vocabulary
 from runtime.errors import FirstlightError
 from runtime.protocol import Grammar
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
+
+    from runtime.engine.vocabulary import Vocabulary
 
 _MAX_KEPT = 64
 # Masks are computed in so many threads, if there are as many cores.
@@ -64,7 +64,7 @@ class Compiled:
 
 
 class Grammars:
-    """Compiles grammars on any thread. The vocabulary is read, and llguidance imported, for the first."""
+    """Compiles grammars on any thread. Whatever that takes is imported, and read, for the first of them."""
 
     def __init__(self, directory: Path, vocab_size: int) -> None:
         """`directory` holds the model's tokenizer; `vocab_size` is how many logits the model has."""
@@ -120,6 +120,8 @@ class Grammars:
         return found
 
     def _try(self, source: str) -> str | None:
+        from runtime.engine.trial import Trial
+
         if not hasattr(self._mine, "trial"):
             self._mine.trial = Trial(self._vocab_size, self._read().special)
         problem: str | None = self._mine.trial.problem(source)
@@ -135,6 +137,8 @@ class Grammars:
     def _compile_now(self, source: str) -> LLMatcher | str:
         from llguidance import LLMatcher
 
+        from runtime.engine.trial import limits
+
         matcher = LLMatcher(self._read().tokens, source, log_level=0, limits=limits())
         if not matcher.is_error():
             # Masks share what is computed for the first one; and some faults only show in it.
@@ -142,6 +146,8 @@ class Grammars:
         return matcher.get_error() if matcher.is_error() else matcher
 
     def _read(self) -> Vocabulary:
+        from runtime.engine.vocabulary import read_vocabulary
+
         with self._reading:
             if self._vocabulary is None:
                 self._vocabulary = read_vocabulary(self._directory, self._vocab_size)
