@@ -77,6 +77,19 @@ class TestLeaving:
         assert (status["engine"]["blocks_used"], status["engine"]["waiting"]) == (0, 0)
         assert status["queue"] == {**status["queue"], "waiting": 0, "in_flight": 0}
 
+    def test_whoever_leaves_while_waiting_is_not_waited_for(self, endless_model: Path) -> None:
+        with served("--model", str(endless_model), "--device", "cpu", "--max-num-seqs", "1") as server:
+            running, _ = begin_stream(server)
+            kinds = ({"stream": True}, {"n": 3}, {})
+            waiting = [server.post("/v1/completions", **ENDLESS, **fields) for fields in kinds]
+            until(lambda: server.get("/status")["engine"]["waiting"] == 5)
+            for connection in waiting:
+                connection.sock.shutdown(socket.SHUT_RDWR)
+            until(lambda: server.get("/status")["engine"]["waiting"] == 0)
+            assert server.get("/status")["queue"]["in_flight"] == 1
+            running.sock.shutdown(socket.SHUT_RDWR)
+            assert answer(server.post("/v1/completions", **SHORT))[0] == 200
+
 
 class TestEnd:
     def test_a_signal_lets_answers_finish(self, tiny_model: Path) -> None:
