@@ -2,8 +2,10 @@
 
     python scripts/bench/reference.py --model FOLDER [--device cuda|auto|cpu] [--out FILE]
 
-Greedy tokens in float32, computed anew over the whole text at every step, without any cache. The file
-is written beside the weights; for a folder that cannot be written, name another one with --out.
+Greedy tokens in float32, computed anew over the whole text at every step, without any cache. The same texts
+in the checkpoint's own number format show how far 16 bits are off: a token counts as certain if it leads by
+more than twice that. The file is written beside the weights; for a folder that cannot be written, name
+another one with --out.
 """
 
 from __future__ import annotations
@@ -34,18 +36,21 @@ def make(folder: Path, device: str, dtype: str) -> References:
 
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     placed = {"device_map": "auto"} if device == "auto" else {}
-    number_format = getattr(torch, dtype)
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=number_format, **placed)
+    formats = dict.fromkeys((getattr(torch, dtype), transformers.AutoConfig.from_pretrained(folder).dtype))
+    models: list[Any] = [
+        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=number_format, **placed)
+        for number_format in formats
+    ]
     if not placed:
-        model = model.to(device)
+        models = [model.to(device) for model in models]
     questions = [_question(tokenizer, thing) for thing in THINGS]
     countings = [_counting(tokenizer, start) for start in STARTS]
     version = f"transformers {transformers.__version__}, {dtype}, {device}"
     return References(
         fingerprint(folder),
         version,
-        explain=_most_certain("explain", model, tokenizer, questions),
-        count=_most_certain("count", model, tokenizer, countings),
+        explain=_most_certain("explain", models, tokenizer, questions),
+        count=_most_certain("count", models, tokenizer, countings),
     )
 
 
@@ -64,11 +69,11 @@ def _counting(tokenizer: Any, start: int) -> list[int]:
     return ids
 
 
-def _most_certain(name: str, model: Any, tokenizer: Any, prompts: list[list[int]]) -> Reference:
+def _most_certain(name: str, models: list[Any], tokenizer: Any, prompts: list[list[int]]) -> Reference:
     """A random model hesitates here and there: not every prompt proves much."""
     best: Reference | None = None
     for prompt in prompts:
-        answer = _answer(model, tokenizer, name, prompt)
+        answer = _answer(models, tokenizer, name, prompt)
         if best is None or answer.certain() > best.certain():
             best = answer
         if best.certain() >= ENOUGH_TOKENS:
@@ -77,10 +82,12 @@ def _most_certain(name: str, model: Any, tokenizer: Any, prompts: list[list[int]
     return best
 
 
-def _answer(model: Any, tokenizer: Any, name: str, prompt: list[int]) -> Reference:
-    """The greedy answer up to the first tie: what follows one proves nothing."""
+def _answer(models: list[Any], tokenizer: Any, name: str, prompt: list[int]) -> Reference:
+    """The greedy answer of the first model up to the first tie: what follows one proves nothing. The others
+    compute the same with fewer bits."""
     import torch
 
+    model = models[0]
     ids, leads = list(prompt), [math.inf]
     while len(leads) <= ANSWER_TOKENS and leads[-1] >= TIE:
         with torch.no_grad():
@@ -91,7 +98,23 @@ def _answer(model: Any, tokenizer: Any, name: str, prompt: list[int]) -> Referen
     answer = ids[len(prompt) :]
     texts = [tokenizer.decode(answer[:n], skip_special_tokens=True) for n in range(len(answer) + 1)]
     pieces = [longer[len(shorter) :] for shorter, longer in itertools.pairwise(texts)]
-    return Reference(name, prompt, answer, pieces, leads[1:])
+    off = [_off(other, prompt, answer, leads[1:]) for other in models[1:]]
+    return Reference(
+        name, prompt, answer, pieces, leads[1:], round(max([TIE, *(2 * each for each in off)]), 3)
+    )
+
+
+def _off(model: Any, prompt: list[int], answer: list[int], leads: list[float]) -> float:
+    """How far the leads of an answer's tokens are from `leads` where this model computes them, at most."""
+    import torch
+
+    with torch.no_grad():
+        ids = torch.tensor([prompt + answer], device=model.device)
+        logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+    chosen = torch.tensor(answer, device=logits.device)[:, None]
+    others = logits.scatter(1, chosen, float("-inf")).amax(1)
+    found = (logits.gather(1, chosen)[:, 0] - others) / logits.std(1)
+    return float((found.cpu() - torch.tensor(leads)).abs().max())
 
 
 def main() -> None:

@@ -19,8 +19,10 @@ def test_transformers_loads_it_and_nothing_is_missing(small_model: Path) -> None
     model, info = transformers.AutoModelForCausalLM.from_pretrained(small_model, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
+    assert float(model.model.layers[0].mlp.up_proj.weight.detach().float().std()) == pytest.approx(
+        0.02, rel=0.02
+    )
     weights = model.lm_head.weight.detach().float()
-    assert float(weights.std()) == pytest.approx(0.02, rel=0.02)
     assert len(torch.unique(weights, dim=0)) == len(weights), "equal rows would be ties"
 
 
@@ -52,6 +54,7 @@ def test_references_are_what_transformers_generates(small_model: Path) -> None:
         generated = model.generate(
             prompt, do_sample=False, max_new_tokens=certain, eos_token_id=None, pad_token_id=0
         )
+        assert certain >= 4, "an answer full of ties would prove nothing"
         assert generated[0, prompt.shape[1] :].tolist() == known.token_ids[:certain]
         text = Tokenizer.from_file(str(small_model / "tokenizer.json")).decode(known.token_ids[:certain])
         assert "".join(known.pieces[:certain]) == text

@@ -26,17 +26,19 @@ _FEWEST = 2
 
 @dataclass(frozen=True)
 class Reference:
-    """One prompt and its greedy answer, token by token: ids, pieces of text, leads."""
+    """One prompt and its greedy answer, token by token: ids, pieces of text, and by how much each leads the
+    next best, in standard deviations of the logits. A lead below `tie` proves nothing at 16 bits."""
 
     name: str
     prompt_token_ids: list[int]
     token_ids: list[int]
     pieces: list[str]
     leads: list[float]
+    tie: float = TIE
 
     def certain(self, lossy: bool = False) -> int:
         """How many tokens of an answer must be these."""
-        tie = LOSSY_TIE if lossy else TIE
+        tie = max(self.tie, LOSSY_TIE) if lossy else self.tie
         close = (place for place, lead in enumerate(self.leads) if lead < tie)
         return next(close, len(self.leads))
 
