@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from runtime.kernels.gpu.launch import kernel
+from runtime.kernels.gpu.launch import cdiv, kernel
 
 _BLOCK = 1024
 
@@ -24,7 +24,7 @@ def gelu_tanh_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
 
 def _gated(gate_up: torch.Tensor, out: torch.Tensor, gelu: bool) -> torch.Tensor:
     m, n = out.shape
-    _gated_kernel[(m, triton.cdiv(n, _BLOCK))](gate_up, out, N=n, BLOCK=_BLOCK, GELU=gelu, num_warps=4)
+    _gated_kernel[(m, cdiv(n, _BLOCK))](gate_up, out, N=n, BLOCK=_BLOCK, GELU=gelu, num_warps=4)
     return out
 
 

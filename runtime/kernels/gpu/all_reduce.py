@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from runtime.kernels.gpu.launch import kernel
+from runtime.kernels.gpu.launch import kernel, next_power_of_2
 
 SLOTS = 3
 _SLOTS = tl.constexpr(SLOTS)
@@ -79,7 +79,7 @@ def one_shot(
     Every rank adds in the same order, in float32, so that all get the same bits. Returns out.
     """
     m, hidden_size = x.shape
-    block = triton.next_power_of_2(hidden_size)
+    block = next_power_of_2(hidden_size)
     residual, weight, eps = norm or (x, x, 0.0)
     _one_shot_kernel[(m,)](
         x,
@@ -92,7 +92,7 @@ def one_shot(
         inboxes.rank,
         inboxes.max_rows,
         WORLD_SIZE=inboxes.world_size,
-        PADDED_SIZE=triton.next_power_of_2(inboxes.world_size),
+        PADDED_SIZE=next_power_of_2(inboxes.world_size),
         HIDDEN_SIZE=hidden_size,
         BLOCK=block,
         NORM=norm is not None,
@@ -112,7 +112,7 @@ def two_shot(
     Only that rank's `residual` holds row r afterwards.
     """
     m, hidden_size = x.shape
-    block = triton.next_power_of_2(hidden_size)
+    block = next_power_of_2(hidden_size)
     residual, weight, eps = norm or (x, x, 0.0)
     _two_shot_kernel[(m,)](
         x,
@@ -125,7 +125,7 @@ def two_shot(
         inboxes.rank,
         inboxes.max_rows,
         WORLD_SIZE=inboxes.world_size,
-        PADDED_SIZE=triton.next_power_of_2(inboxes.world_size),
+        PADDED_SIZE=next_power_of_2(inboxes.world_size),
         HIDDEN_SIZE=hidden_size,
         BLOCK=block,
         NORM=norm is not None,

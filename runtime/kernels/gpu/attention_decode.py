@@ -21,7 +21,7 @@ from runtime.kernels.gpu.attention_tile import (
     attend_torch,
     merge_splits,
 )
-from runtime.kernels.gpu.launch import kernel
+from runtime.kernels.gpu.launch import kernel, next_power_of_2
 
 # A program without keys ends at once, but many of them add up.
 _MAX_PROGRAMS = 4096
@@ -209,8 +209,8 @@ def paged_decode(
     group = num_heads // num_kv_heads
     workspace.require(batch * num_heads * num_splits, head_dim, batch * num_kv_heads)
     config = config or decode_config(head_dim, keys.element_size())
-    padded_dim = triton.next_power_of_2(head_dim)
-    merge_rows = triton.next_power_of_2(group)
+    padded_dim = next_power_of_2(head_dim)
+    merge_rows = next_power_of_2(group)
     room = config.num_warps * _MERGE_ELEMENTS_PER_WARP
     _decode_kernel[(num_kv_heads, batch, num_splits)](
         q, keys, values, block_tables, table_rows, seq_lens, out, alibi_slopes, query_scale,

@@ -25,7 +25,7 @@ from runtime.kernels.gpu.attention_tile import (
     attend_torch,
     merge_splits,
 )
-from runtime.kernels.gpu.launch import kernel
+from runtime.kernels.gpu.launch import kernel, next_power_of_2
 
 # A split of fewer keys than this costs more to merge than it saves.
 MIN_SPLIT_KEYS = 512
@@ -263,7 +263,7 @@ def paged_prefill(
         raise ValueError(f"{num_splits} splits need a workspace")
     else:
         workspace.require(programs * num_splits * config.block_m, head_dim, programs)
-    padded_dim = triton.next_power_of_2(head_dim)
+    padded_dim = next_power_of_2(head_dim)
     room = config.num_warps * _MERGE_ELEMENTS_PER_WARP
     _prefill_kernel[(programs, num_splits)](
         q, keys, values, block_tables, table_rows, query_start, seq_lens, work_items, out,

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from runtime.kernels.gpu.launch import kernel
+from runtime.kernels.gpu.launch import cdiv, kernel
 
 _BLOCK = 1024
 
@@ -20,7 +20,7 @@ def embedding(
     table cut over several ranks the sum of theirs is the whole. Returns out.
     """
     num_tokens, hidden_size = out.shape
-    _embedding_kernel[(num_tokens, triton.cdiv(hidden_size, _BLOCK))](
+    _embedding_kernel[(num_tokens, cdiv(hidden_size, _BLOCK))](
         token_ids,
         weight,
         out,

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from runtime.kernels.gpu.activation import silu
-from runtime.kernels.gpu.launch import kernel
+from runtime.kernels.gpu.launch import cdiv, kernel
 
 MAX_ROWS = 16
 _PADDED_ROWS = tl.constexpr(16)
@@ -95,7 +95,7 @@ def gemv(
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
-    grid = (triton.cdiv(outputs, config.block_n),)
+    grid = (cdiv(outputs, config.block_n),)
     if num_rows == 1:
         _one_row_kernel[grid](*operands, **shape)
     else:

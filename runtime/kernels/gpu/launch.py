@@ -2,7 +2,7 @@
 
 Triton looks at all of its settings and at every argument anew for each launch, tens of microseconds long; a
 step with prompts in it launches hundreds of kernels. Here a launch looks up what was compiled for arguments
-of the same kind, and only what is new goes through Triton.
+of the same kind, and only what is new goes through Triton. Nor is there need of Triton's arithmetic.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class Kernel:
     """
 
     def __init__(self, function: JITFunction[Any]) -> None:
-        self._function = function
+        self.function = function
         self._variants: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._function, name)
+        return getattr(self.function, name)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return partial(self._launch, (*grid, 1, 1)[:3])
@@ -35,8 +35,8 @@ class Kernel:
         key = (*map(_kind, arguments), *constants.items())
         found = self._variants.get(key)
         if found is None:
-            compiled = self._function[grid](*arguments, **constants)
-            rest = self._function.arg_names[len(arguments) :]
+            compiled = self.function[grid](*arguments, **constants)
+            rest = self.function.arg_names[len(arguments) :]
             self._variants[key] = compiled, tuple(constants[name] for name in rest)
         else:
             compiled, given = found
@@ -58,3 +58,13 @@ def _kind(argument: Any) -> Any:
 def kernel(function: Any) -> Any:
     """What is to be launched in place of a function that `triton.jit` made; in its interpreter, that one."""
     return Kernel(function) if isinstance(function, JITFunction) else function
+
+
+def cdiv(number: int, divisor: int) -> int:
+    """number / divisor, rounded up; both positive."""
+    return -(-number // divisor)
+
+
+def next_power_of_2(number: int) -> int:
+    """The smallest power of two that is not less than a positive number."""
+    return 1 << (number - 1).bit_length()

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from runtime.kernels.gpu.launch import kernel
+
 LARGEST = 448.0  # of e4m3
 _LARGEST = tl.constexpr(LARGEST)
 _SMALLEST_SCALE = tl.constexpr(1e-12)
@@ -22,6 +24,7 @@ def narrow_rows(x: torch.Tensor, out: torch.Tensor, scales: torch.Tensor) -> tor
     return out
 
 
+@kernel
 @triton.jit
 def _narrow_kernel(x_ptr, out_ptr, scales_ptr, K: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from runtime.kernels.gpu.launch import kernel
+from runtime.kernels.gpu.launch import cdiv, kernel, next_power_of_2
 
 # How many elements of a token one program norms at once, of queries and keys: a power of two.
 _TILE = 2048
@@ -27,7 +27,7 @@ def add_rms_norm(
     arithmetic is float32, rounded once. Returns out.
     """
     m, hidden_size = residual.shape
-    block = triton.next_power_of_2(hidden_size)
+    block = next_power_of_2(hidden_size)
     _add_rms_norm_kernel[(m,)](
         residual if x is None else x,
         residual,
@@ -101,9 +101,9 @@ def head_rms_norm(
     head_dim = q_weight.shape[0]
     row = qkv.shape[1]
     num_normed = (row // head_dim + num_heads) // 2
-    padded_dim = triton.next_power_of_2(head_dim)
+    padded_dim = next_power_of_2(head_dim)
     heads_per_program = max(1, _TILE // padded_dim)
-    _head_rms_norm_kernel[(qkv.shape[0], triton.cdiv(num_normed, heads_per_program))](
+    _head_rms_norm_kernel[(qkv.shape[0], cdiv(num_normed, heads_per_program))](
         qkv,
         q_weight,
         k_weight,

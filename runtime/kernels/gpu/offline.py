@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from runtime.kernels.gpu import cache
+from runtime.kernels.gpu import cache, launch
 
 
 @contextmanager
@@ -45,6 +45,7 @@ def compiling_for(capability: int) -> Iterator[None]:
         with (
             mock.patch.object(triton.runtime.build, "_load_module_from_path", _not_loaded),
             mock.patch.object(JITFunction, "run", _compile),
+            mock.patch.object(launch.Kernel, "_launch", _through_triton),
         ):
             from triton.backends.nvidia.driver import CudaUtils
 
@@ -97,6 +98,10 @@ class _Unloaded(ModuleType):
 
 def _not_loaded(name: str, path: str) -> ModuleType:
     return _Unloaded(name)
+
+
+def _through_triton(kernel: launch.Kernel, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    kernel.function[grid](*arguments, **constants)
 
 
 _run = JITFunction.run

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from runtime.kernels.gpu.launch import cdiv, kernel
 from runtime.kernels.gpu.packed_tiles import integers_of, word_shape
 from runtime.kernels.packed import PackedMatrix
 
@@ -15,8 +16,8 @@ _BLOCK_N = 32
 def dequantize(matrix: PackedMatrix, out: torch.Tensor) -> torch.Tensor:
     """Fill out [N, K], contiguous, of any floating type; returns it. The twin is `dequantize_torch`."""
     shape = word_shape(matrix)
-    chunks = triton.cdiv(shape["WORDS"], shape["FIELD"])
-    _dequantize_kernel[(chunks, triton.cdiv(matrix.out_features, _BLOCK_N))](
+    chunks = cdiv(shape["WORDS"], shape["FIELD"])
+    _dequantize_kernel[(chunks, cdiv(matrix.out_features, _BLOCK_N))](
         matrix.values,
         matrix.scales,
         matrix.scales if matrix.zeros is None else matrix.zeros,
@@ -33,6 +34,7 @@ def dequantize(matrix: PackedMatrix, out: torch.Tensor) -> torch.Tensor:
     return out
 
 
+@kernel
 @triton.jit
 def _dequantize_kernel(
     values_ptr,

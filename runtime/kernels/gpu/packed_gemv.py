@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from runtime.kernels.gpu.activation import silu
+from runtime.kernels.gpu.launch import cdiv, kernel
 from runtime.kernels.packed import PackedMatrix, dequantize_torch
 
 # Neighbouring numbers of 8 bits that a thread takes at once.
@@ -62,7 +63,7 @@ def packed_gemv(
         raise ValueError(f"packed_gemv takes one row, not {x.shape[0]}")
     config = config or _CONFIGS[matrix.bits]
     outputs = matrix.out_features // 2 if silu_mul else matrix.out_features
-    grid = (triton.cdiv(outputs, config.block_n // 2 if silu_mul else config.block_n),)
+    grid = (cdiv(outputs, config.block_n // 2 if silu_mul else config.block_n),)
     zeros = matrix.scales if matrix.zeros is None else matrix.zeros
     operands = (matrix.scales, zeros, matrix.scales if bias is None else bias, out, outputs)
     shape = {
@@ -87,6 +88,7 @@ def packed_gemv(
     return out
 
 
+@kernel
 @triton.jit(do_not_specialize=["magic"])
 def _words_kernel(
     x_ptr,
@@ -176,6 +178,7 @@ def _halves(pairs, DTYPE: tl.constexpr):
     return low.to(tl.float32), high.to(tl.float32)
 
 
+@kernel
 @triton.jit
 def _bytes_kernel(
     x_ptr,

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from runtime.kernels.gpu.launch import cdiv, kernel
 from runtime.kernels.packed import PackedMatrix
 
 # Room for the partial sums of split products: no more are split than fit.
@@ -71,7 +72,7 @@ def packed_tiles(
     """
     num_rows, in_features = x.shape
     outputs = matrix.out_features
-    tiles = triton.cdiv(num_rows, config.block_m), triton.cdiv(outputs, config.block_n)
+    tiles = cdiv(num_rows, config.block_m), cdiv(outputs, config.block_n)
     if config.splits > 1:
         elements = tiles[0] * tiles[1] * config.splits * config.block_m * config.block_n
         if elements > workspace.partials.numel() or tiles[0] * tiles[1] > workspace.counters.numel():
@@ -119,7 +120,7 @@ def tile_config(matrix: PackedMatrix, num_rows: int, num_sms: int) -> TileConfig
     """How a product of so many rows is cut up on a GPU of so many multiprocessors."""
     block_m = next((m for m in (16, 64, 128) if num_rows <= m), 128)
     block_n, warps, stages = {16: (64, 4, 4), 64: (64, 4, 4), 128: (128, 8, 3)}[block_m]
-    tiles = triton.cdiv(num_rows, block_m) * triton.cdiv(matrix.out_features, block_n)
+    tiles = cdiv(num_rows, block_m) * cdiv(matrix.out_features, block_n)
     wanted = {16: 4, 64: 2, 128: 1}[block_m] * num_sms // tiles
     most = WORKSPACE_ELEMENTS // (tiles * block_m * block_n)
     return TileConfig(block_m, block_n, max(1, min(wanted, most, 8)), warps, stages, block_m == 128)
@@ -158,6 +159,7 @@ def _widening(bits: int, dtype: torch.dtype) -> tuple[str, ...]:
     return tuple(f"{{ .reg .b32 t, u; shr.u32 t, $1, {bits * n}; {steps} }}" for n in range(16 // bits))
 
 
+@kernel
 @triton.jit(do_not_specialize=["num_rows"])
 def _tile_kernel(
     x_ptr,

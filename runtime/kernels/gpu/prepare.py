@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from runtime.kernels.gpu.launch import kernel
+from runtime.kernels.gpu.launch import cdiv, kernel
 
 _BLOCK = 128
 
@@ -38,7 +38,7 @@ def prepare_decode(
     position 0, slot -1 and length 0.
     """
     batch = rows.shape[0]
-    _prepare_decode_kernel[(triton.cdiv(batch, _BLOCK),)](
+    _prepare_decode_kernel[(cdiv(batch, _BLOCK),)](
         rows,
         last_token,
         seq_len,
@@ -121,7 +121,7 @@ def apply_updates(updates: torch.Tensor, count: torch.Tensor, block_tables: torc
     int32 on the device, so that a captured launch serves any number up to N.
     """
     capacity = updates.shape[0]
-    _apply_updates_kernel[(triton.cdiv(capacity, _BLOCK),)](
+    _apply_updates_kernel[(cdiv(capacity, _BLOCK),)](
         updates, count, block_tables, block_tables.stride(0), capacity, BLOCK=_BLOCK, num_warps=4
     )
 

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from runtime.kernels.gpu.launch import kernel
+from runtime.kernels.gpu.launch import cdiv, kernel, next_power_of_2
 
 # How many elements of a token one program turns at once: a power of two.
 _TILE = 2048
@@ -39,8 +39,8 @@ def rotary_store(
     _, num_kv_heads, block_size, head_dim = values.shape
     half = 0 if cos_sin is None else cos_sin.shape[2]
     # A whole number of heads a program, and at least as many elements as it has threads.
-    heads_per_program = max(1, _TILE // triton.next_power_of_2(head_dim))
-    _rotary_store_kernel[(qkv.shape[0], triton.cdiv(num_heads + 2 * num_kv_heads, heads_per_program))](
+    heads_per_program = max(1, _TILE // next_power_of_2(head_dim))
+    _rotary_store_kernel[(qkv.shape[0], cdiv(num_heads + 2 * num_kv_heads, heads_per_program))](
         qkv,
         qkv if cos_sin is None else cos_sin,
         positions,
@@ -52,8 +52,8 @@ def rotary_store(
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
         HALF=half,
-        HALF_PADDED=triton.next_power_of_2(max(half, 1)),
-        REST_PADDED=triton.next_power_of_2(max(head_dim - 2 * half, 1)),
+        HALF_PADDED=next_power_of_2(max(half, 1)),
+        REST_PADDED=next_power_of_2(max(head_dim - 2 * half, 1)),
         HEADS=heads_per_program,
         INTERLEAVED=interleaved,
         num_warps=4,

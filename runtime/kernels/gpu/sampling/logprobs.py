@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from runtime.kernels.gpu.launch import kernel
+from runtime.kernels.gpu.launch import cdiv, kernel, next_power_of_2
 
 _CHUNK = 4096
 
@@ -30,7 +30,7 @@ class Logprobs:
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, num_top: int, chunk: int = _CHUNK) -> Logprobs:
     """logits [R, vocab_size], tokens [R]: see `Logprobs`."""
     num_rows, vocab_size = logits.shape
-    num_chunks = triton.cdiv(vocab_size, chunk)
+    num_chunks = cdiv(vocab_size, chunk)
     best, weight = torch.empty((2, num_rows, num_chunks), device=logits.device)
     likelier = torch.empty((num_rows, num_chunks), device=logits.device, dtype=torch.int32)
     norm, chosen = torch.empty((2, num_rows), device=logits.device)
@@ -40,7 +40,7 @@ def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, num_top: int, chu
     )
     _rows_kernel[(num_rows,)](
         logits, logits.stride(0), tokens, best, weight, likelier, norm, chosen, ranks, num_chunks,
-        CHUNKS=triton.next_power_of_2(num_chunks), num_warps=1,
+        CHUNKS=next_power_of_2(num_chunks), num_warps=1,
     )  # fmt: skip
     values, top_ids = logits.topk(num_top, dim=-1)
     return Logprobs(chosen, ranks, top_ids, values.float() - norm[:, None])

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 
+from runtime.kernels.gpu.launch import cdiv, next_power_of_2
 from runtime.kernels.gpu.sampling.adjust import adjust_kernel
 from runtime.kernels.gpu.sampling.draw import draw_torch, masses_torch, pick_kernel, weigh_kernel
 from runtime.kernels.gpu.sampling.mask import RowMasks, mask_kernel
@@ -63,10 +63,10 @@ class Sampler:
         self._max_rows = max_rows
         self.chunk = chunk
         self.num_chunks = -(-vocab_size // chunk)
-        self._chunks = triton.next_power_of_2(self.num_chunks)
+        self._chunks = next_power_of_2(self.num_chunks)
         cells = (max_rows, self.num_chunks)
         # Rows that begin at multiples of 16 elements can be read in the widest loads.
-        padded = triton.cdiv(vocab_size, 16) * 16
+        padded = cdiv(vocab_size, 16) * 16
         self._adjusted = torch.empty((max_rows, padded), device=device)
         self._best_logit = torch.empty(cells, device=device)
         self._best_token = torch.empty(cells, dtype=torch.int32, device=device)
