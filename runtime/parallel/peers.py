@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from runtime.errors import FirstlightError
+from runtime.kernels.adopted import adopted
 from runtime.kernels.gpu.all_reduce import (
     Inboxes,
     fill_with_marks,
@@ -43,15 +44,6 @@ class _Handle(ctypes.Structure):
     """CUipcMemHandle."""
 
     _fields_ = [("reserved", ctypes.c_char * 64)]
-
-
-class _Memory:
-    """Device memory as torch takes it over: https://numba.readthedocs.io, "CUDA Array Interface"."""
-
-    def __init__(self, address: int, num_bytes: int) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": (num_bytes,), "typestr": "|u1", "data": (address, False), "version": 3, "strides": None,
-        }  # fmt: skip
 
 
 class PeerGroup(Group):
@@ -91,35 +83,35 @@ class PeerGroup(Group):
     def _share(self, num_bytes: int, dtype: torch.dtype) -> list[int] | None:
         """Memory of this size on each rank, full of marks: where it lies, by rank; None if it cannot be."""
         own = self._driver.allocate(num_bytes)
-        fill_with_marks(torch.as_tensor(_Memory(own, num_bytes), device="cuda").view(dtype))
+        fill_with_marks(adopted(own, num_bytes).view(dtype))
         torch.cuda.synchronize()
-        handle = _Handle()
-        problem = ""
-        addresses = []
+        handle, problem, addresses = _Handle(), "", [0] * self.world_size
         try:
             self._driver.call("cuIpcGetMemHandle", ctypes.byref(handle), ctypes.c_uint64(own))
         except FirstlightError as error:
             problem = str(error)
         handles = self._ranks.control.exchange(bytes(handle))
-        for rank, other in enumerate(handles):
-            address = ctypes.c_uint64(own)
-            if rank != self.rank and not problem:
-                try:
-                    self._driver.call(
-                        "cuIpcOpenMemHandle_v2",
-                        ctypes.byref(address),
-                        _Handle.from_buffer_copy(other),
-                        ctypes.c_uint(_LAZY_PEER_ACCESS),
-                    )
-                except FirstlightError as error:
-                    problem = str(error)
-            addresses.append(address.value)
+        try:
+            addresses = [
+                own if rank == self.rank else self._open(other) for rank, other in enumerate(handles)
+            ]
+        except FirstlightError as error:
+            problem = problem or str(error)
         problems = [one for one in self._ranks.control.exchange(problem) if one]
         if problems and self.rank == 0:
-            print(
-                f"firstlight: sums go through NCCL, for no memory is shared: {problems[0]}", file=sys.stderr
-            )
+            print(f"firstlight: no memory is shared, sums go through NCCL: {problems[0]}", file=sys.stderr)
         return None if problems else addresses
+
+    def _open(self, handle: bytes) -> int:
+        """The address, for this process, of another's memory."""
+        address = ctypes.c_uint64()
+        self._driver.call(
+            "cuIpcOpenMemHandle_v2",
+            ctypes.byref(address),
+            _Handle.from_buffer_copy(handle),
+            ctypes.c_uint(_LAZY_PEER_ACCESS),
+        )
+        return address.value
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """See `Group.all_reduce`."""

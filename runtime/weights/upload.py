@@ -61,19 +61,10 @@ class DeviceWeights:
 
     def tensors(self) -> dict[str, tuple[torch.Tensor, ...]]:
         """Each parameter as one view of the arena, or as one for each piece, in the checkpoint's dtype."""
-        import torch
+        from runtime.kernels.adopted import adopted
 
-        arena = torch.as_tensor(_Adopted(self.address, max(1, self.plan.arena_bytes)), device="cuda")
+        arena = adopted(self.address, max(1, self.plan.arena_bytes))
         return {parameter.name: tuple(_views(arena, parameter)) for parameter in self.plan.parameters}
-
-
-class _Adopted:
-    """Device memory as torch takes it over: https://numba.readthedocs.io, "CUDA Array Interface"."""
-
-    def __init__(self, address: int, num_bytes: int) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": (num_bytes,), "typestr": "|u1", "data": (address, False), "version": 3, "strides": None,
-        }  # fmt: skip
 
 
 def _views(arena: torch.Tensor, parameter: PlannedParameter) -> Iterator[torch.Tensor]:
