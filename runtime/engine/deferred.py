@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 else:
     Loader = object  # the real one brings importlib.resources and zipfile along, for nothing
 
-TESTED = ((2, 11), (2, 13))
+TESTED = ((2, 11), (2, 14))
 
 # Torch's modules import each other in circles, which only some orders resolve: this one. So whoever asks for
 # one of them gets those before it as well.
