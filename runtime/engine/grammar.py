@@ -37,18 +37,18 @@ class Compiled:
 
     def __init__(self, first: LLMatcher) -> None:
         self._lanes = [first]
-        self._num_copies = 0
+        self._num_copies = [0]
         self._num_due = 0
 
     def copy(self) -> tuple[LLMatcher, int]:
-        """A matcher at the beginning, and its lane."""
-        lane = self._num_copies % len(self._lanes)
-        self._num_copies += 1
+        """A matcher at the beginning, and its lane: the one with the fewest so far."""
+        lane = self._num_copies.index(min(self._num_copies))
+        self._num_copies[lane] += 1
         return self._lanes[lane].deep_copy(), lane
 
     def wants_another(self, num_lanes: int) -> bool:
         """Whether it is time for another compilation; says so once."""
-        rounds = self._num_copies // _COPIES
+        rounds = sum(self._num_copies) // _COPIES
         due = min(rounds, num_lanes - 1) + rounds // num_lanes // _COPIES
         if due <= self._num_due:
             return False
@@ -59,6 +59,7 @@ class Compiled:
         """Take in another compilation."""
         if len(self._lanes) < num_lanes:
             self._lanes.append(another)
+            self._num_copies.append(0)
         else:
             self._lanes[self._num_due % num_lanes] = another
 

@@ -8,6 +8,7 @@ any company, on a runner that works ahead and on one that does not.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
@@ -223,6 +224,18 @@ class TestEnds:
         fixed = grammars_of.source(grammars_of.choice(["abcde"]))
         got = answers(make_engine(grammars, steps_ahead), [request("x-0", fixed, max_tokens=5)])
         assert (len(got["x-0"].token_ids), got["x-0"].finish_reason) == (5, "stop")
+
+
+def test_a_grammar_in_demand_is_compiled_for_every_core(grammars: Grammars) -> None:
+    """And goes on to be: what a compilation has found out is not kept for ever."""
+    grammar = Grammar(SOURCES["regex"], "guided_regex")
+    lanes = []
+    for _ in range(600):
+        grammars.compile(grammar)
+        lanes.append(grammars.matcher(grammar)[1])
+    cores = min(8, len(os.sched_getaffinity(0)))
+    assert lanes[0] == 0
+    assert set(lanes[-cores:]) == set(range(cores))
 
 
 class TestRefusals:
