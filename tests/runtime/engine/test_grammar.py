@@ -234,7 +234,6 @@ def test_a_grammar_in_demand_is_compiled_for_every_core(grammars: Grammars) -> N
         grammars.compile(grammar)
         lanes.append(grammars.matcher(grammar)[1])
     cores = min(8, len(os.sched_getaffinity(0)))
-    assert lanes[0] == 0
     assert set(lanes[-cores:]) == set(range(cores))
 
 
