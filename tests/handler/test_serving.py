@@ -35,7 +35,8 @@ def begin_stream(server: Served, **fields: Any) -> tuple[http.client.HTTPConnect
     connection = server.post("/v1/completions", **ENDLESS, stream=True, **fields)
     response = connection.getresponse()
     assert response.status == 200
-    assert response.readline().startswith(b"data: ")
+    while not (line := response.readline()).startswith(b"data: "):
+        assert line == b"\n" or line.startswith(b": "), line  # the model may still be loading
     return connection, response
 
 
