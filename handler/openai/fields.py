@@ -102,10 +102,28 @@ def settle(body: dict[str, Any], accepted: frozenset[str]) -> dict[str, Any]:
             if value is not None:
                 kept[name] = value
         elif name not in KNOWN:
-            raise ApiError(400, f"Unknown field '{name[:100]}'.", param=name[:100], code="unknown_parameter")
+            raise _unknown(name[:100], accepted)
         elif value is not None:
             _check(name, value)
     return kept
+
+
+# What other programs call a field of ours, too differently to be found by its spelling.
+_ELSEWHERE = {
+    "enable_thinking": "chat_template_kwargs",
+    "num_predict": "max_tokens",
+    "n_predict": "max_tokens",
+    "grammar": "structured_outputs",
+    "json_schema": "response_format",
+}
+
+
+def _unknown(name: str, accepted: frozenset[str]) -> ApiError:
+    import difflib
+
+    meant = _ELSEWHERE.get(name) or next(iter(difflib.get_close_matches(name, accepted, 1, 0.75)), None)
+    hint = f" Did you mean '{meant}'?" if meant in accepted else ""
+    return ApiError(400, f"Unknown field '{name}'.{hint}", param=name, code="unknown_parameter")
 
 
 def _check(name: str, value: Any) -> None:

@@ -196,6 +196,14 @@ def test_missing_and_unknown_fields(server: Server) -> None:
     missing = server.post("/v1/chat/completions", {"model": "tiny"})
     assert (missing.status, missing.error["param"]) == (400, "messages")
     assert missing.error["code"] == "missing_required_parameter"
+    for name, meant in (
+        ("temprature", "temperature"),
+        ("repeat_penalty", "repetition_penalty"),
+        ("max_new_tokens", "max_tokens"),
+        ("enable_thinking", "chat_template_kwargs"),
+    ):
+        assert f"Did you mean '{meant}'?" in server.chat(**{name: 1}).error["message"]
+    assert server.chat(colour="red").error["message"] == "Unknown field 'colour'."
     unknown = server.chat(temprature=1)
     assert (unknown.status, unknown.error["param"], unknown.error["code"]) == (
         400,
