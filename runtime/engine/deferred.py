@@ -11,11 +11,13 @@ Two things are special:
   about tensors without data. Tracing and compiling need that, so whoever imports what does them, or
   transformers, has everything imported first.
 
-With another release of torch than those that this was tested with, nothing is deferred.
+With another release of torch than those that this was tested with, nothing is deferred; should the import
+fail all the same, the process starts over and imports everything.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import threading
@@ -60,17 +62,22 @@ _NAMED_IN_TORCH = {
     "torch.func": ("vmap",),
     "torch._higher_order_ops": ("cond", "while_loop"),
 }
+_DEFER_NOTHING = "FIRSTLIGHT_DEFER_NOTHING"
 _NEED_EVERYTHING = ("torch._dynamo", "torch._inductor", "transformers")
 
 
 def import_torch() -> None:
     """Import torch, deferring what can be. Nothing happens if it has been imported before."""
-    if "torch" in sys.modules or not _tested():
+    if "torch" in sys.modules or _DEFER_NOTHING in os.environ or not _tested():
         return
     sys.meta_path.insert(0, _finder)
     _finder.importing_torch = True
     try:
         import torch  # noqa: F401
+    except ImportError as error:
+        # What of torch has been imported cannot be imported again.
+        print(f"firstlight: torch is imported anew, as a whole: {error}", file=sys.stderr, flush=True)
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, _DEFER_NOTHING: "1"})
     finally:
         _finder.importing_torch = False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[3]
 
 
-def python(code: str) -> str:
+def python(code: str, path: Path = ROOT) -> str:
+    """What `code` prints, in a process that looks for packages in `path` first."""
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
-    )
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": f"{path}{os.pathsep}{ROOT}"},
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -119,3 +123,18 @@ import torch
 print(sum(type(module).__name__ == "_Deferred" for module in sys.modules.values()))
 """)
     assert counts == "0\n"
+
+
+def test_a_torch_that_cannot_do_without_is_imported_as_a_whole(tmp_path: Path) -> None:
+    torch = tmp_path / "torch"
+    torch.mkdir()
+    (torch / "version.py").write_text("__version__ = '2.12.0'\n")
+    (torch / "export.py").write_text("")
+    (torch / "__init__.py").write_text("""
+import sys
+import torch.export
+if type(sys.modules["torch.export"]).__name__ == "_Deferred":
+    raise ImportError("cannot do without")
+""")
+    code = "from runtime.engine import deferred; deferred.import_torch(); import torch; print(torch.__file__)"
+    assert python(code, tmp_path) == f"{torch / '__init__.py'}\n"
