@@ -10,6 +10,7 @@ import torch
 from harness import BenchError
 from harness.report import progress
 
+from runtime.kernels.norm import add_rms_norm
 from runtime.parallel import peers
 from runtime.parallel.control import Meeting
 from runtime.parallel.entry import enter
@@ -44,7 +45,7 @@ class Sums:
         """residual += the sum of x; returns its norm."""
         group = self.group
         if way == "NCCL":
-            return Group.add_rms_norm(group, x, residual, self.weight, EPS)
+            return add_rms_norm(Group.all_reduce(group, x), residual, self.weight, EPS)
         if group.few is None or group.many is None:
             raise BenchError("the GPUs cannot reach each other's memory")
         norm = residual, self.weight, EPS
