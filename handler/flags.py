@@ -58,12 +58,20 @@ DOWNLOAD_DIR = Flag(
     "where fetched and converted models are kept (default: firstlight in $XDG_CACHE_HOME or ~/.cache).",
     "FOLDER",
 )
+CACHE = Flag(
+    "cache",
+    values.boolean,
+    "whether fetched and converted models are kept on the disk (default: yes). With --no-cache they are in "
+    "memory (/dev/shm) until the server ends, and nothing is written to a disk.",
+    either=True,
+)
 REVISION = Flag("revision", str, "the commit, tag or branch to take the model from.")
 
 MODEL_FLAGS = (
     MODEL,
     CATALOGUE,
     DOWNLOAD_DIR,
+    CACHE,
     REVISION,
     Flag(
         "max-model-len",

@@ -16,6 +16,7 @@ from runtime.catalogue import Catalogue, ModelSpec, find_catalogue, load_catalog
 from runtime.protocol import EngineConfig
 from runtime.text.template import read_template
 from runtime.weights.sources.cache import default_cache_dir
+from runtime.weights.sources.memory_cache import memory_cache_dir
 
 DEFAULT_MAX_QUEUE = 1024
 # What a Lambda function URL lets through, so that one limit holds on every platform.
@@ -129,7 +130,13 @@ def _api_keys(values: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def cache_directory(values: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> str:
-    """The folder that keeps fetched and converted models."""
+    """The folder that keeps fetched and converted models; a new one, in memory, if none is to be kept."""
+    if not values.get("cache", True):
+        if "download_dir" in values:
+            raise UsageError(
+                "--no-cache keeps no models, so --download-dir has no meaning; remove one of them"
+            )
+        return str(memory_cache_dir())
     if "download_dir" in values:
         return str(Path(values["download_dir"]).expanduser().absolute())
     return str(default_cache_dir(environ))

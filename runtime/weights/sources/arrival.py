@@ -62,7 +62,7 @@ class Arrival:
         self._on_progress = on_progress
         self._changed = threading.Condition()
         self._directory: Path | None = None
-        self._error: FirstlightError | None = None
+        self._error: Exception | None = None
         self._ended = False
         self._stop = threading.Event()
         self._landing: Landing | None = None
@@ -113,16 +113,17 @@ class Arrival:
         self._thread.join()
 
     def _run(self) -> None:
-        for _ in range(_MAX_STARTS):
-            status = self._fetch()
-            if self._ended:
-                return
-        self._end(
-            error=FirstlightError(
+        try:
+            for _ in range(_MAX_STARTS):
+                status = self._fetch()
+                if self._ended:
+                    return
+            raise FirstlightError(
                 f"The process that fetches the model ended with status {status}, {_MAX_STARTS} times in a "
                 "row; its own messages are on stderr. Start again: it continues where it stopped."
             )
-        )
+        except Exception as error:  # also what `on_progress` raises: whoever waits must hear of it
+            self._end(error)
 
     def _fetch(self) -> int:
         """Start the process and listen to it until it ends; its exit status."""
@@ -154,7 +155,7 @@ class Arrival:
                 self._directory = directory
                 self._changed.notify_all()
 
-    def _end(self, error: FirstlightError | None = None) -> None:
+    def _end(self, error: Exception | None = None) -> None:
         with self._changed:
             self._error = error
             self._ended = True

@@ -144,7 +144,8 @@ def require_space(directory: Path, needed: int) -> None:
         raise SourceError(
             "no_space",
             f"Not enough space in {directory}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are "
-            "free. Free some space, or choose another disk with --download-dir.",
+            "free. Free some space, choose another disk with --download-dir, or, on a machine with memory "
+            "enough, start with --no-cache.",
         )
 
 
@@ -157,14 +158,15 @@ def explained(directory: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise SourceError(
                 "no_space",
-                f"The disk of {directory} is full ({error.strerror}). Free some space, or choose another "
-                "disk with --download-dir; the download continues where it stopped.",
+                f"The disk of {directory} is full ({error.strerror}). Free some space, choose another disk "
+                "with --download-dir, or start with --no-cache; the download continues where it stopped.",
             ) from error
         if error.errno in _UNUSABLE:
             raise SourceError(
                 "read_only",
                 f"The cache directory {directory} cannot be used: {error.strerror}"
                 f"{f' ({error.filename})' if error.filename else ''}. "
-                "Make it writable, or choose another with --download-dir.",
+                "Make it writable, choose another with --download-dir, or start with --no-cache to keep the "
+                "model in memory.",
             ) from error
         raise
