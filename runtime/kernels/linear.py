@@ -106,9 +106,7 @@ def _gemv(x: torch.Tensor, weights: LinearWeights, dtype: torch.dtype) -> torch.
 def silu_linear(x: torch.Tensor, weights: LinearWeights | PackedLinear) -> torch.Tensor:
     """silu(gate) * up, both projections of x [m, in_features] fused in `weights` -> [m, out_features / 2]."""
     if isinstance(weights, PackedLinear):
-        if x.shape[0] == 1:
-            return packed_linear(x, weights, with_silu_mul=True)
-        return silu_mul(packed_linear(x, weights))
+        return packed_linear(x, weights, with_silu_mul=True)
     if weights.suits_gemv and x.shape[0] == 1:
         from runtime.kernels.gpu.gemv import gemv
 

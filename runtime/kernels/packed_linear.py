@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from runtime.kernels.activation import silu_mul
 from runtime.kernels.packed import PackedMatrix
 
 # From this many rows on, weights are brought back to floating point first, for the vendor's library.
@@ -28,24 +29,32 @@ class PackedLinear:
 
 
 def packed_linear(x: torch.Tensor, weights: PackedLinear, with_silu_mul: bool = False) -> torch.Tensor:
-    """x [m, in_features], 16 bits wide -> [m, out_features], or of one row silu(gate) * up of its halves."""
-    from runtime.kernels.gpu.packed_dequantize import dequantize
+    """x [m, in_features], 16 bits wide -> [m, out_features], or silu(gate) * up of its two halves."""
     from runtime.kernels.gpu.packed_gemv import packed_gemv
     from runtime.kernels.gpu.packed_tiles import packed_tiles, shared_workspace, tile_config
 
     matrix = weights.matrix
     if matrix.order is not None:
         x = x[:, matrix.order]
-    if x.shape[0] >= DEQUANTIZE_ROWS and matrix.narrow_rows and _multiplies_e4m3(x.device):
-        return _narrow_linear(x, matrix, weights.bias)
     if x.shape[0] >= DEQUANTIZE_ROWS or x.shape[0] == 0:
-        weight = dequantize(matrix, x.new_empty((matrix.out_features, matrix.in_features)))
-        return F.linear(x, weight, weights.bias)
+        y = _many_rows(x, weights)
+        return silu_mul(y) if with_silu_mul else y
     out = x.new_empty((x.shape[0], matrix.out_features // 2 if with_silu_mul else matrix.out_features))
     if x.shape[0] == 1:
         return packed_gemv(x, matrix, out, weights.bias, with_silu_mul)
     config = tile_config(matrix, x.shape[0], _num_sms(x.device))
-    return packed_tiles(x, matrix, out, config, shared_workspace(x.device), weights.bias)
+    return packed_tiles(x, matrix, out, config, shared_workspace(x.device), weights.bias, with_silu_mul)
+
+
+def _many_rows(x: torch.Tensor, weights: PackedLinear) -> torch.Tensor:
+    """The product by the vendor's library."""
+    from runtime.kernels.gpu.packed_dequantize import dequantize
+
+    matrix = weights.matrix
+    if matrix.narrow_rows and _multiplies_e4m3(x.device):
+        return _narrow_linear(x, matrix, weights.bias)
+    weight = dequantize(matrix, x.new_empty((matrix.out_features, matrix.in_features)))
+    return F.linear(x, weight, weights.bias)
 
 
 def _narrow_linear(x: torch.Tensor, matrix: PackedMatrix, bias: torch.Tensor | None) -> torch.Tensor:

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from runtime.kernels.gpu.activation import silu
 from runtime.kernels.gpu.launch import cdiv, kernel
+from runtime.kernels.gpu.packed_tiles import rows_of
 from runtime.kernels.packed import PackedMatrix, dequantize_torch
 
 # Neighbouring numbers of 8 bits that a thread takes at once.
@@ -116,7 +117,7 @@ def _words_kernel(
 ):
     RUNS: tl.constexpr = BLOCK_W // RUN
     FIELDS: tl.constexpr = 16 // BITS
-    row, inside = _rows(N, BLOCK_N, GATED)
+    row, inside = rows_of(tl.program_id(0), N, BLOCK_N, GATED)
     run = tl.arange(0, RUNS) * RUN
     lane = tl.arange(0, RUN)[None, :]
     rows_ptr = words_ptr + row[None, :, None].to(tl.int64) * WORDS
@@ -198,7 +199,7 @@ def _bytes_kernel(
     GATED: tl.constexpr,
 ):
     tl.static_assert(not HAS_ZEROS)
-    row, inside = _rows(N, BLOCK_N, GATED)
+    row, inside = rows_of(tl.program_id(0), N, BLOCK_N, GATED)
     run = tl.arange(0, BLOCK_K // _BYTES_RUN) * _BYTES_RUN
     lane = tl.arange(0, _BYTES_RUN)[None, :]
     rows_ptr = values_ptr + row[None, :, None].to(tl.int64) * K
@@ -220,19 +221,6 @@ def _bytes_kernel(
     if GROUPS == 1:
         y *= tl.load(scales_ptr + row, inside, other=0.0).to(tl.float32)
     _store(y, row, inside, bias_ptr, out_ptr, N, BLOCK_N, HAS_BIAS, GATED)
-
-
-@triton.jit
-def _rows(N, BLOCK_N: tl.constexpr, GATED: tl.constexpr):
-    """This program's rows of the weight and which of them there are; gates and ups take turns."""
-    index = tl.arange(0, BLOCK_N)
-    if GATED:
-        output = tl.program_id(0) * (BLOCK_N // 2) + index // 2
-        row = output + (index % 2) * N
-    else:
-        output = tl.program_id(0) * BLOCK_N + index
-        row = output
-    return row, output < N
 
 
 @triton.jit

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from runtime.kernels.gpu.activation import silu
 from runtime.kernels.gpu.launch import cdiv, kernel
 from runtime.kernels.packed import PackedMatrix
 
@@ -61,18 +62,18 @@ def packed_tiles(
     config: TileConfig,
     workspace: TileWorkspace,
     bias: torch.Tensor | None = None,
+    silu_mul: bool = False,
 ) -> torch.Tensor:
-    """out = x W^T + bias.
+    """out = x W^T + bias, or with `silu_mul` silu(gate) * up of its two halves.
 
     x     [m, in_features] float16 or bfloat16, contiguous
     bias  [out_features]
-    out   [m, out_features] of any floating type, contiguous
+    out   [m, n] of any floating type, contiguous, where n is out_features, or half of it with silu_mul
 
     Sums are float32, rounded once at the end. Returns out. Raises ValueError if the workspace is too small.
     """
     num_rows, in_features = x.shape
-    outputs = matrix.out_features
-    tiles = cdiv(num_rows, config.block_m), cdiv(outputs, config.block_n)
+    tiles = cdiv(num_rows, config.block_m), cdiv(matrix.out_features, config.block_n)
     if config.splits > 1:
         elements = tiles[0] * tiles[1] * config.splits * config.block_m * config.block_n
         if elements > workspace.partials.numel() or tiles[0] * tiles[1] > workspace.counters.numel():
@@ -87,6 +88,7 @@ def packed_tiles(
         "SCALES_FIRST": config.scales_first,
         "HAS_ZEROS": matrix.zeros is not None,
         "HAS_BIAS": bias is not None,
+        "GATED": silu_mul,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
@@ -100,7 +102,7 @@ def packed_tiles(
         out,
         workspace.partials,
         workspace.counters,
-        outputs,
+        matrix.out_features // 2 if silu_mul else matrix.out_features,
         num_rows,
         WIDENING=None
         if triton.knobs.runtime.interpret or not matrix.bits
@@ -185,13 +187,14 @@ def _tile_kernel(
     SCALES_FIRST: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    GATED: tl.constexpr,
     WIDENING: tl.constexpr,
 ):
     FIELDS: tl.constexpr = 16 // BITS if BITS else 1
-    output = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    output, inside = rows_of(tl.program_id(1), N, BLOCK_N, GATED)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     place = tl.arange(0, FIELD)
-    there, wanted = (output < N)[:, None], (row < num_rows)[None, :]
+    there, wanted = inside[:, None], (row < num_rows)[None, :]
     values_ptr += output[:, None].to(tl.int64) * WORDS + place[None, :]
     x_ptr += row[None, :].to(tl.int64) * K + place[:, None]
     scales_ptr += output[:, None] * GROUPS
@@ -234,8 +237,37 @@ def _tile_kernel(
         if GROUPS == 1:
             sums *= tl.load(scales_ptr, there, other=0.0).to(tl.float32)
         if HAS_BIAS:
-            sums += tl.load(bias_ptr + output, output < N, other=0.0).to(tl.float32)[:, None]
-        tl.store(out_ptr + row[None, :].to(tl.int64) * N + output[:, None], sums, there & wanted)
+            sums += tl.load(bias_ptr + output, inside, other=0.0).to(tl.float32)[:, None]
+        _store(sums, out_ptr, N, num_rows, BLOCK_M, BLOCK_N, GATED)
+
+
+@triton.jit
+def _store(sums, out_ptr, N, num_rows, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GATED: tl.constexpr):
+    row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[None, :]
+    if GATED:
+        gate, up = tl.split(tl.permute(tl.reshape(sums, (BLOCK_N // 2, 2, BLOCK_M)), (0, 2, 1)))
+        output = (tl.program_id(1) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2))[:, None]
+        y = silu(gate) * up
+    else:
+        output = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
+        y = sums
+    tl.store(out_ptr + row.to(tl.int64) * N + output, y, (output < N) & (row < num_rows))
+
+
+@triton.jit
+def rows_of(tile, N, BLOCK_N: tl.constexpr, GATED: tl.constexpr):
+    """The rows of a weight that a tile of BLOCK_N multiplies, and which of them there are.
+
+    Of gated ones there are N gates and N ups, which take turns.
+    """
+    index = tl.arange(0, BLOCK_N)
+    if GATED:
+        output = tile * (BLOCK_N // 2) + index // 2
+        row = output + (index % 2) * N
+    else:
+        output = tile * BLOCK_N + index
+        row = output
+    return row, output < N
 
 
 @triton.jit

@@ -94,7 +94,7 @@ def fill(name: str, tensor: torch.Tensor, model: Model) -> None:
         tensor.fill_(word - (1 << 32) if word >> 31 else word)
     elif kind == "scales":
         assert quantization is not None
-        # Of either sign: integers of few bits have a mean of half a step, which would grow from layer to layer.
+        # Of either sign: integers have a mean of half a step, which would grow from layer to layer.
         signs = torch.randint_like(tensor, 2).mul_(2).sub_(1)
         tensor.copy_(signs).mul_(_STANDARD_DEVIATION / ((1 << quantization.bits) / 12**0.5))
     elif "norm" in kind:
