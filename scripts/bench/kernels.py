@@ -17,7 +17,7 @@ from harness.report import Report, make_parser, progress, run
 
 sys.path.insert(0, str(ROOT))
 
-KINDS = ("attention", "products", "sampling", "elementwise")
+KINDS = ("attention", "products", "packed", "sampling", "elementwise")
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise BenchError("there is no GPU here")
-    from gpu import attention, attention_sweep, elementwise, limits, products, sampling
+    from gpu import attention, attention_sweep, elementwise, limits, packed, products, sampling
 
     report = Report("Kernels against the limits of the GPU", options)
     progress("limits")
@@ -43,6 +43,8 @@ def main() -> None:
         kind.add_tables(report, limit, options.block_sizes)
     if options.only in (None, "products"):
         (products.add_sweep if options.sweep else products.add_tables)(report, limit)
+    if options.only in (None, "packed") and not options.sweep:
+        packed.add_tables(report, limit)
     if options.only in (None, "sampling") and not options.sweep:
         sampling.add_tables(report, limit)
     if options.only in (None, "elementwise") and not options.sweep:
