@@ -99,6 +99,10 @@ def main() -> None:
     report.add_servers([server])
     with server.start() as process:
         first_connection(process)
+        progress("once to warm up: kernels are compiled once for all servers")
+        one_pass(server, process, 2)
+    with server.start() as process:
+        first_connection(process)
         progress("the first requests of a cold server")
         cold = waits_of(one_pass(server, process, 0))
         if options.device == "cuda":
