@@ -160,10 +160,10 @@ def test_after_kill_9_only_what_is_missing_comes_again(
     async def test() -> None:
         async with engine("hf://org/name", cache_dir) as client:
             assert await asyncio.to_thread(held.reached.wait, 30)
+            assert client.info is None
             fetcher = fetcher_of(client)
             os.kill(fetcher.pid if victim == "fetcher" else client.pid or 0, signal.SIGKILL)
             await asyncio.to_thread(fetcher.wait, 10)
-            assert client.info is None
             await client.wait_ready()
             assert await answer_of(client) == answer
             assert client.restarts == (victim == "engine")
