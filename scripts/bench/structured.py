@@ -32,13 +32,16 @@ ROUNDS_OF_REQUESTS = 3
 REFERENCE_TOKENS = 32
 MOST_PROCESSES = 8
 OBJECTIVE = Objective(2.0, 0.05)
+# Near the end of a string that is bounded, masks take the longest. The tokens of made vocabularies are about
+# three times as long as those of a language's, so the bounds are, too.
+NAME_LENGTH, TAG_LENGTH = 3 * 40, 3 * 20
 PERSON: dict[str, Any] = {
     "type": "object",
     "properties": {
-        "name": {"type": "string", "maxLength": 40},
+        "name": {"type": "string", "maxLength": NAME_LENGTH},
         "age": {"type": "integer", "minimum": 0, "maximum": 150},
         "role": {"enum": ["admin", "user", "guest"]},
-        "tags": {"type": "array", "items": {"type": "string", "maxLength": 20}, "maxItems": 4},
+        "tags": {"type": "array", "items": {"type": "string", "maxLength": TAG_LENGTH}, "maxItems": 4},
         "active": {"type": "boolean"},
     },
     "required": ["name", "age", "role", "tags", "active"],
@@ -109,12 +112,12 @@ def check_person(who: str, text: str) -> None:
         fits = (
             set(found) == set(PERSON["required"])
             and isinstance(found["name"], str)
-            and len(found["name"]) <= 40
+            and len(found["name"]) <= NAME_LENGTH
             and type(found["age"]) is int
             and 0 <= found["age"] <= 150
             and found["role"] in ("admin", "user", "guest")
             and len(found["tags"]) <= 4
-            and all(isinstance(tag, str) and len(tag) <= 20 for tag in found["tags"])
+            and all(isinstance(tag, str) and len(tag) <= TAG_LENGTH for tag in found["tags"])
             and isinstance(found["active"], bool)
         )
     except (ValueError, TypeError, KeyError):
