@@ -9,7 +9,7 @@ from handler.openai.reply.call_grammar import CallGrammar
 from runtime.text.grammar import Part, lark, literal, source
 
 # What the rules of calls and reasoning refer to.
-_TERMINALS = "TEXT: /(.|\\n)*/\nSPACE: /\\s*/"
+_TERMINALS = "TEXT: /(.|\\n)*/\nSPACE: /\\s{0,8}/"
 
 
 @dataclass(frozen=True)
