@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +20,7 @@ import psutil
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests.handler.serving import Served, served, until
+from tests.handler.serving import ROOT, Served, served, until
 from tests.runtime.sources.hub_server import HubServer
 from tests.runtime.sources.test_arrival import MAX_TOKENS, PROMPT, Held, answer
 
@@ -87,6 +90,31 @@ def test_who_waits_is_told_how_far_the_download_is(
         assert "error" not in json.loads(events[0].removeprefix(b"data: "))
         connection.close()
         assert tokens_of(server) == answer
+
+
+def test_a_terminal_shows_a_bar(hub: HubServer, tiny_model: Path, cache_dir: Path) -> None:
+    hub.add_repo("org/name", tiny_model)
+    held = Held(60_000)
+    hub.fail("/storage/", **held.fault())
+    ours, theirs = os.openpty()
+    command = [
+        sys.executable,
+        "-m",
+        "handler",
+        "serve",
+        *flags("--port", "0", "--download-dir", str(cache_dir)),
+    ]
+    server = subprocess.Popen(command, cwd=ROOT, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    while not re.search(rb"firstlight: \[#+\.+\] +\d\d% of \d+ kB", shown):
+        shown += os.read(ours, 1000)  # the end, should it come first, is an OSError
+    held.release()
+    while b"ready after" not in shown:
+        shown += os.read(ours, 1000)
+    server.terminate()
+    assert server.wait(20) == 0
+    os.close(ours)
 
 
 def test_killed_at_random_moments_it_starts_and_brings_only_what_is_missing(
