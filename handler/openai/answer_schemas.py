@@ -173,7 +173,8 @@ SCHEMAS: dict[str, Schema] = {
             "completion_tokens": COUNT,
             "total_tokens": COUNT,
             "prompt_tokens_details": closed({"cached_tokens": COUNT}),
-        }
+        },
+        completion_tokens_details=closed({"reasoning_tokens": COUNT}),
     ),
     "ChatCompletion": closed(
         {

@@ -75,6 +75,15 @@ class ChatAnswer(BaseAnswer):
         self.sequences = self._conversation.sequences
         return self.sequences
 
+    def usage(self) -> dict[str, Any]:
+        """How many tokens there are by now, and how many of a model that reasons were reasoning."""
+        usage = super().usage()
+        replies = self._conversation.replies
+        if any(reply.can_reason for reply in replies):
+            reasoning = sum(reply.reasoning_tokens for reply in replies)
+            usage["completion_tokens_details"] = {"reasoning_tokens": reasoning}
+        return usage
+
     # ---- streamed ------------------------------------------------------------------------------
 
     def chunk(self, batch: list[TextDelta]) -> bytes:

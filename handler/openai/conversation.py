@@ -63,6 +63,11 @@ class Reply:
         return "".join(self._content)
 
     @property
+    def can_reason(self) -> bool:
+        """Whether the model is one that marks its reasoning."""
+        return self._reader.can_reason
+
+    @property
     def reasons(self) -> bool:
         """Whether it is still reasoning."""
         return self._reader.reasons

@@ -15,8 +15,11 @@ from runtime.protocol import Submit
 from runtime.text.tokenizer import Tokenizer
 from tests.handler.fake_engine import READY, FakeEngine
 
-# The mention of <tool_call> is what tells the server how this model writes its calls.
-TEMPLATE = "{# <tool_call> #}{{ messages | tojson }}\n{{ tools | tojson if tools else 'null' }}\n"
+# The mentions are what tells the server how this model writes its calls and its reasoning.
+TEMPLATE = (
+    "{# <tool_call> <think> </think> #}{{ messages | tojson }}\n{{ tools | tojson if tools else 'null' }}\n"
+)
+THOUGHT = "Let me see."
 GREETING = "Hello there, friend. How are you today?"
 CONTEXT = 100_000
 
@@ -35,7 +38,10 @@ class ScriptedModel:
         if tools and (question["role"] == "user" or held_to):
             return _call(tools, question["content"], json.dumps(held_to))
         if held_to:
-            return json.dumps(instance(held_to[0]["json_schema"], question["content"]))
+            (schema,) = (part["json_schema"] for part in held_to if "json_schema" in part)
+            return json.dumps(instance(schema, question["content"]))
+        if question["content"].startswith("Think"):
+            return f"<think>{THOUGHT}</think>{GREETING}"
         return "That was all." if question["role"] == "tool" else GREETING
 
 

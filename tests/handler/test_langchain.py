@@ -8,13 +8,16 @@ measurement against recorded answers (`test_stream_time`).
 
 from __future__ import annotations
 
+import functools
 import inspect
+import operator
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AIMessage
 from langchain_openai import ChatOpenAI
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 
@@ -50,6 +53,29 @@ class TestChatModel(ChatModelIntegrationTests):
     @property
     def supports_json_mode(self) -> bool:
         return True
+
+    @property
+    def supported_usage_metadata_details(self) -> dict[Any, list[Any]]:
+        details = ["cache_read_input", "reasoning_output"]
+        return {"invoke": details, "stream": details}
+
+    def invoke_with_cache_read_input(self, *, stream: bool = False) -> AIMessage:
+        return self._ask("Hello", stream)
+
+    def invoke_with_reasoning_output(self, *, stream: bool = False) -> AIMessage:
+        message = self._ask("Think about it.", stream)
+        assert message.usage_metadata is not None
+        # From the last letter of the tag in front to the last but one of the tag behind; one token is one byte.
+        told = message.usage_metadata["output_token_details"]["reasoning"]
+        assert told == len(f"{scripted.THOUGHT}</think>")
+        return message
+
+    def _ask(self, question: str, stream: bool) -> AIMessage:
+        model = self.chat_model_class(**self.chat_model_params)
+        if not stream:
+            return model.invoke(question)
+        first, *others = model.stream(question)
+        return functools.reduce(operator.add, others, first)
 
     @property
     def model_override_value(self) -> str:

@@ -17,6 +17,11 @@ class ReplyReader:
         self._parallel = parallel
 
     @property
+    def can_reason(self) -> bool:
+        """Whether reasoning is looked for."""
+        return self._reasoning is not None
+
+    @property
     def reasons(self) -> bool:
         """Whether the reply is still in its reasoning."""
         return self._reasoning is not None and self._reasoning.open
