@@ -65,7 +65,7 @@ class TestChatModel(ChatModelIntegrationTests):
     def invoke_with_reasoning_output(self, *, stream: bool = False) -> AIMessage:
         message = self._ask("Think about it.", stream)
         assert message.usage_metadata is not None
-        # From the last letter of the tag in front to the last but one of the tag behind; one token is one byte.
+        # From the end of the tag in front to almost the end of the one behind; a token is a byte here.
         told = message.usage_metadata["output_token_details"]["reasoning"]
         assert told == len(f"{scripted.THOUGHT}</think>")
         return message
