@@ -16,6 +16,8 @@ import sys
 import threading
 from typing import TYPE_CHECKING
 
+from runtime.errors import FirstlightError
+
 if TYPE_CHECKING:
     from llguidance import LLParserLimits
 
@@ -51,7 +53,10 @@ class Trial:
         self._process: subprocess.Popen[bytes] | None = None
 
     def problem(self, source: str) -> str | None:
-        """Why a grammar is not to be compiled, if there is a reason."""
+        """Why a grammar is not to be compiled, if there is a reason.
+
+        Raises `FirstlightError` if that cannot be found out.
+        """
         lines: list[object] = [source]
         if self._process is None or self._process.poll() is not None:
             self._process = subprocess.Popen(
@@ -67,7 +72,10 @@ class Trial:
         if answer:
             problem: str | None = json.loads(answer)
             return problem
-        if process.wait() == -signal.SIGPROF:
+        status = process.wait()
+        if status >= 0:
+            raise FirstlightError(f"the process that tries grammars ended with status {status}; see stderr")
+        if status == -signal.SIGPROF:
             return f"it takes more than {_CPU_SECONDS:g} s to compile"
         return "it takes too much memory to compile, or is nested too deeply"
 
@@ -106,7 +114,9 @@ def _serve() -> None:
 
 def main() -> None:
     """Answer until the other end is gone."""
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    memory = _MEMORY_BYTES if most == resource.RLIM_INFINITY else min(_MEMORY_BYTES, most)
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     threading.stack_size(_STACK_BYTES)
     serving = threading.Thread(target=_serve)
