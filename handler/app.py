@@ -32,7 +32,7 @@ from handler.openai.errors import ApiError, as_api_error
 from handler.openai.models import list_models, show_model
 from handler.openai.openapi import show_openapi
 from handler.openai.responses.answer import Responses
-from handler.openai.tokenize import Detokenize, Tokenize
+from handler.openai.tokenize import Detokenize, Tokenize, show_tokenizer
 from handler.request_id import RequestIds
 from handler.service import Service
 from handler.settings import ServerSettings
@@ -74,6 +74,7 @@ def create_app(
             Route("/v1/models/{id:path}", show_model),
             _post("/tokenize", fleet, Tokenize),
             _post("/detokenize", fleet, Detokenize),
+            Route("/tokenizer_info", show_tokenizer),
             Route("/sleep", sleeping.sleep, methods=["POST"]),
             Route("/wake", sleeping.wake, methods=["POST"]),
             Route("/openapi.json", show_openapi),

@@ -262,6 +262,16 @@ SCHEMAS: dict[str, Schema] = {
         }
     ),
     "Text": closed({"prompt": STRING}),
+    "Tokenizer": {
+        "type": "object",
+        "properties": {
+            "bos_token": maybe(STRING),
+            "eos_token": maybe(STRING),
+            "chat_template": maybe(STRING),
+            "model_max_length": COUNT,
+        },
+        "required": ["bos_token", "eos_token", "chat_template", "model_max_length"],
+    },
     "Health": {"type": "object", "properties": {"state": STRING}},
     "Version": closed({"version": maybe(STRING)}),
     "Status": {

@@ -50,6 +50,7 @@ _POSTS = {
 _GETS = {
     "/v1/models": ("The names that requests may use", "ModelList"),
     "/v1/models/{id}": ("One of them", "Model"),
+    "/tokenizer_info": ("Special tokens, chat template and context length", "Tokenizer"),
     "/health": ("The same as /health/ready", "Health"),
     "/health/live": ("200 while the process answers", "Health"),
     "/health/ready": ("200 when a request sent now is worked on now, else 503", "Health"),

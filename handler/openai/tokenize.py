@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize, in vLLM's shape."""
+"""POST /tokenize and /detokenize and GET /tokenizer_info, in vLLM's shape."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from contextlib import nullcontext
 from typing import Any
 
 import msgspec
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from handler.asgi import ClientGone, send_bytes, send_error
@@ -101,3 +103,18 @@ class Detokenize(_JsonEndpoint):
         check_ids(tokens, text.vocab_size, "tokens")
         prompt = await off_loop(len(tokens), lambda: text.tokenizer.decode(tokens, skip_special_tokens=False))
         return {"prompt": prompt}
+
+
+async def show_tokenizer(request: Request) -> Response:
+    """GET /tokenizer_info: the special tokens, the chat template and the context length of the model."""
+    service: Service = request.app.state.service
+    text = await service.text.ready()
+    found = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": None,
+        "eos_token": None,
+        **text.tokenizer.special_tokens,
+        "chat_template": text.template.source if text.template is not None else None,
+        "model_max_length": text.max_model_len,
+    }
+    return JSONResponse(found)

@@ -49,6 +49,11 @@ class ChatTemplate:
             return None
         return cls(tokenizer.chat_templates, special_tokens=tokenizer.special_tokens)
 
+    @property
+    def source(self) -> str:
+        """The template's text, as it is used without tools."""
+        return self._sources["default"]
+
     @cached_property
     def variables(self) -> frozenset[str]:
         """The names that the template takes from outside, `messages` and special tokens included."""

@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.handler.serving import served
+from tests.handler.serving import Served, served
 
 HARNESS = "lm-eval==0.4.13"
 PAIRS = [
@@ -54,17 +54,26 @@ def client_class(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="module")
-def harness(client_class: Any, tiny_model: Path) -> Iterator[Any]:
-    with served("--model", str(tiny_model), "--device", "cpu") as server:
-        yield client_class(
-            model=str(tiny_model),
-            base_url=f"{server.url}/v1/completions",
-            tokenizer_backend="huggingface",
-            batch_size=4,
-            num_concurrent=2,
-            max_length=512,
-            max_retries=1,
-        )
+def server(tiny_model: Path) -> Iterator[Served]:
+    with served("--model", str(tiny_model), "--device", "cpu", "--served-model-name", "tiny") as server:
+        yield server
+
+
+@pytest.fixture(scope="module", params=["huggingface", "auto"])
+def harness(request: pytest.FixtureRequest, client_class: Any, server: Served, tiny_model: Path) -> Any:
+    """With a tokenizer of its own, or with the server's, which it finds out about."""
+    client = client_class(
+        model="tiny",
+        tokenizer=str(tiny_model) if request.param == "huggingface" else None,
+        base_url=f"{server.url}/v1/completions",
+        tokenizer_backend=request.param,
+        batch_size=4,
+        num_concurrent=2,
+        max_length=512,
+        max_retries=1,
+    )
+    assert client.tokenizer_backend == ("huggingface" if request.param == "huggingface" else "remote")
+    return client
 
 
 class Reference:

@@ -113,6 +113,7 @@ def test_the_others(server: Server) -> None:
     validate("ModelList", server.get("/v1/models").json)
     validate("Model", server.get(f"/v1/models/{MODEL}").json)
     validate("Tokens", server.post("/tokenize", {"prompt": "Hi", "return_token_strs": True}).json)
+    validate("Tokenizer", server.get("/tokenizer_info").json)
     validate("Text", server.post("/detokenize", {"tokens": [1, 2]}).json)
     validate("Status", server.get("/status").json)
     validate("Error", server.chat(temperature=9).json)
