@@ -13,9 +13,11 @@ beside it.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -120,23 +122,38 @@ class S3Remote:
         pages = self._client.get_paginator("list_objects_v2").paginate(
             Bucket=self._bucket, Prefix=self._prefix, Delimiter="/", **self._payer
         )
-        files = [
-            RemoteFile(item["Key"][len(self._prefix) :], item["Size"], item["ETag"])
+        items = {
+            item["Key"][len(self._prefix) :]: item
             for page in pages
             for item in page.get("Contents", ())
             if item["Key"].startswith(self._prefix)
+        }
+        files = {name: RemoteFile(name, item["Size"], item["ETag"]) for name, item in items.items()}
+        if self._single is not None:
+            small = [file for file in files.values() if is_small(file.name)]
+            return [*(f for f in small if f.name != SAFETENSORS_INDEX), self._head(self._single)]
+        digested = [
+            name
+            for name, item in items.items()
+            if is_weight_candidate(name) and "SHA256" in item.get("ChecksumAlgorithm", ())
         ]
-        if self._single is None:
-            return files
-        files = [file for file in files if is_small(file.name) and file.name != SAFETENSORS_INDEX]
-        return [*files, self._head(self._single)]
+        with ThreadPoolExecutor(_CONNECTIONS) as pool:
+            for head in pool.map(self._head, digested):
+                if head.tag != files[head.name].tag:
+                    raise self._changed(head)
+                files[head.name] = head
+        return list(files.values())
 
     def _head(self, name: str) -> RemoteFile:
+        """What the object itself says, its digest included if its uploader had one made of the whole."""
         version = {"VersionId": self._version_id} if self._version_id else {}
         head = self._client.head_object(
-            Bucket=self._bucket, Key=self._prefix + name, **version, **self._payer
+            Bucket=self._bucket, Key=self._prefix + name, ChecksumMode="ENABLED", **version, **self._payer
         )
-        return RemoteFile(name, head["ContentLength"], head["ETag"])
+        digest = head.get("ChecksumSHA256", "")
+        # Of an upload in parts there is a digest of the parts' digests, with their number after it.
+        sha256 = None if not digest or "-" in digest else base64.b64decode(digest).hex()
+        return RemoteFile(name, head["ContentLength"], head["ETag"], sha256)
 
     @contextmanager
     def open_range(self, file: RemoteFile, start: int, end: int) -> Iterator[RangeReply]:

@@ -32,8 +32,8 @@ class Door:
     """A door before an S3 server, through which the next `times` reads of model.safetensors go wrong.
 
     `fault` is a lie (see `lying_range`), or: cut, reset and stall, which happen after `after` bytes of the
-    body (a stall ends when `released` is set); slow down (503); whole file (no ranges); 200 with a range;
-    no conditions (If-Match is ignored).
+    body (a stall ends when `released` is set); corrupt (a flipped bit); slow down (503); whole file (no
+    ranges); 200 with a range; no conditions (If-Match is ignored).
     """
 
     def __init__(self, upstream: str, fault: str, times: int, after: int = 50_000) -> None:
@@ -106,6 +106,8 @@ class _Handler(BaseHTTPRequestHandler):
         status, answer, body = self._ask(headers)
         if fault == "slow down":
             status, body = 503, b"<Error><Code>SlowDown</Code></Error>"
+        elif fault == "corrupt" and body:
+            body = bytes([body[0] ^ 1]) + body[1:]
         elif fault == "200 with a range":
             status = 200
         elif fault in _LIES and status == 206:

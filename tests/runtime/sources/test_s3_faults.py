@@ -93,6 +93,18 @@ def test_an_object_replaced_meanwhile_never_mixes_with_the_old_one(
     assert {p.name for p in directory.parent.iterdir() if p.is_dir()} == {directory.name, "refs"}
 
 
+def test_what_has_a_digest_is_held_to_it(s3: Any, cache_dir: Path, door: OpenDoor) -> None:
+    files = needed_files(1_000_000)
+    upload(s3, files, ChecksumAlgorithm="SHA256")
+    door("corrupt", 3)
+    assert contents(fetch(SPEC, cache_dir)) == files
+    door("corrupt", 1000)
+    upload(s3, needed_files(1_000_000, seed=1), ChecksumAlgorithm="SHA256")
+    with pytest.raises(SourceError, match="another content than") as caught:
+        fetch(SPEC, cache_dir)
+    assert caught.value.kind == "verification"
+
+
 def test_every_read_names_the_version_that_was_listed(
     s3: Any, cache_dir: Path, requests: list[AWSRequest]
 ) -> None:
