@@ -30,7 +30,7 @@ class PackedLinear:
 
 def packed_linear(x: torch.Tensor, weights: PackedLinear, with_silu_mul: bool = False) -> torch.Tensor:
     """x [m, in_features], 16 bits wide -> [m, out_features], or silu(gate) * up of its two halves."""
-    from runtime.kernels.gpu.packed_gemv import packed_gemv
+    from runtime.kernels.gpu.packed_gemv import packed_gemv, suits_gemv
     from runtime.kernels.gpu.packed_tiles import packed_tiles, shared_workspace, tile_config
 
     matrix = weights.matrix
@@ -40,7 +40,7 @@ def packed_linear(x: torch.Tensor, weights: PackedLinear, with_silu_mul: bool = 
         y = _many_rows(x, weights)
         return silu_mul(y) if with_silu_mul else y
     out = x.new_empty((x.shape[0], matrix.out_features // 2 if with_silu_mul else matrix.out_features))
-    if x.shape[0] == 1:
+    if x.shape[0] == 1 and suits_gemv(matrix):
         return packed_gemv(x, matrix, out, weights.bias, with_silu_mul)
     config = tile_config(matrix, x.shape[0], _num_sms(x.device))
     return packed_tiles(x, matrix, out, config, shared_workspace(x.device), weights.bias, with_silu_mul)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,14 @@ import torch.nn.functional as F
 from runtime.kernels.gpu.narrow import narrow_rows, narrow_rows_torch
 from runtime.kernels.gpu.packed_dequantize import dequantize
 from runtime.kernels.gpu.packed_gemv import PackedGemvConfig, packed_gemv, packed_product_torch
-from runtime.kernels.gpu.packed_tiles import TileConfig, TileWorkspace, packed_tiles
+from runtime.kernels.gpu.packed_tiles import (
+    WORKSPACE_ELEMENTS,
+    WORKSPACE_TILES,
+    TileConfig,
+    TileWorkspace,
+    packed_tiles,
+    tile_config,
+)
 from runtime.kernels.packed import PackedMatrix, dequantize_torch, pack_words, unpack_words
 from tests.runtime.kernels.packed_matrices import random_matrix
 
@@ -118,3 +126,17 @@ def test_rows_rounded_to_e4m3() -> None:
     # The interpreter's numbers of 8 bits lose a carry now and then.
     assert (out.float() == plain.float()).float().mean() > (0.999 if DEVICE == "cuda" else 0.95)
     assert (plain.float().abs().amax(1)[[0, 1, 3, 4]] == 448).all()
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("shape", [(55296, 512), (5120, 27648), (7168, 5120), (896, 128)])
+def test_shares_fit_the_workspace_and_hold_something(kind: str, shape: tuple[int, int]) -> None:
+    small = random_matrix(kind, 16, 512, 128)
+    matrix = replace(small, values=torch.empty(shape[0], 0), in_features=shape[1])
+    for num_rows in range(1, 520):
+        config = tile_config(matrix, num_rows, 132)
+        assert config.splits == 1 or shape[1] // config.splits >= 1536
+        tiles = -(-num_rows // config.block_m) * -(-shape[0] // config.block_n)
+        if config.splits > 1:
+            assert tiles <= WORKSPACE_TILES
+            assert tiles * config.splits * config.block_m * config.block_n <= WORKSPACE_ELEMENTS
