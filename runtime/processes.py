@@ -7,25 +7,21 @@ Kubernetes' LeaderWorkerSet does. FIRSTLIGHT_RANKS_TOKEN must then be the same s
 
 from __future__ import annotations
 
+import contextlib
 import os
-import secrets
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
 
-from runtime import marks
 from runtime.errors import FirstlightError
-from runtime.protocol import EngineConfig
+from runtime.protocol import EngineConfig, encode_config
+from runtime.spawn import Spawned, spawn
 
 TOKEN = "FIRSTLIGHT_RANKS_TOKEN"
 _DEFAULT_PORT = "29500"
-_package_root = str(Path(__file__).resolve().parent.parent)
 
 
 class LaunchError(FirstlightError):
@@ -75,26 +71,14 @@ def place_of(world_size: int, environment: Mapping[str, str]) -> Place:
 
 
 class EngineProcess:
-    """One rank's process, and this end of its socket."""
+    """One rank's process, and this end of its socket, which is told what it is to serve."""
 
-    def __init__(
-        self, config: EngineConfig, environment: dict[str, str], listener: socket.socket | None
-    ) -> None:
+    def __init__(self, config: EngineConfig, spawned: Spawned) -> None:
         self.rank = config.rank
-        self.socket, theirs = socket.socketpair()
-        inherited = [theirs.fileno()]
-        arguments = ["--fd", str(theirs.fileno())]
-        if listener is not None:
-            inherited.append(listener.fileno())
-            arguments += ["--listener", str(listener.fileno())]
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "runtime.engine", *arguments, msgspec.json.encode(config).decode()],
-                pass_fds=inherited,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-            )
+        self._process, self.socket = spawned
         self.pid = self._process.pid
+        with contextlib.suppress(BrokenPipeError):  # who reads the socket learns that it has ended
+            self.socket.sendall(encode_config(config))
 
     def poll(self) -> int | None:
         """Its exit status, negative for a signal; None while it runs."""
@@ -114,13 +98,18 @@ class EngineProcess:
         return f"by signal {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
 
 
-def start_engine(config: EngineConfig) -> list[EngineProcess]:
-    """Start all of the engine's ranks that belong on this host. Raises `LaunchError`."""
+def start_engine(config: EngineConfig, spawned: Spawned | None = None) -> list[EngineProcess]:
+    """Start all of the engine's ranks that belong on this host; a single one may have been spawned before.
+
+    Raises `LaunchError`.
+    """
     place = place_of(config.world_size, os.environ)
-    path = [_package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, **marks.environment(), "PYTHONPATH": os.pathsep.join(path)}
     if config.world_size == 1:
-        return [EngineProcess(config, environment, None)]
+        return [EngineProcess(config, spawned or spawn())]
+    import secrets  # and hashlib: only here
+
+    if spawned is not None:
+        spawned.socket.close()  # a rank has more in its environment
     listener = None
     meeting = place.meeting
     if not meeting:
@@ -131,14 +120,9 @@ def start_engine(config: EngineConfig) -> list[EngineProcess]:
     processes = []
     for number in range(place.count):
         rank = place.first + number
+        further = {**meeting, **_devices(number, place.count)}
         own = msgspec.structs.replace(config, rank=rank)
-        processes.append(
-            EngineProcess(
-                own,
-                {**environment, **meeting, **_devices(number, place.count)},
-                listener if rank == 0 else None,
-            )
-        )
+        processes.append(EngineProcess(own, spawn(further, listener if rank == 0 else None)))
     if listener is not None:
         listener.close()
     return processes

@@ -2,17 +2,21 @@
 
 Both ends hold one end of a local stream socket. A frame is a 4-byte little-endian length and that
 many bytes of MessagePack; every message is a tagged `msgspec.Struct`. One `StepOutput` frame carries
-everything that one engine step produced.
+everything that one engine step produced. The first frame tells the engine's process what it is to serve.
 """
 
 from __future__ import annotations
 
 import struct
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 from runtime.catalogue import ModelSpec
+
+if TYPE_CHECKING:
+    import io
+    import socket
 
 FinishReason = Literal["stop", "length", "abort", "error", "refused"]
 Phase = Literal["download", "convert", "load", "warmup"]
@@ -291,6 +295,31 @@ def decode_command(body: bytes | memoryview) -> Command:
 def decode_event(body: bytes | memoryview) -> Event:
     """The message in a frame's body, as the handler reads it."""
     return _event_decoder.decode(body)
+
+
+def encode_config(config: EngineConfig) -> bytes:
+    """The frame that comes before all others: what an engine's process is to serve, in JSON."""
+    body = msgspec.json.encode(config)
+    return _LENGTH.pack(len(body)) + body
+
+
+def receive_config(connection: socket.socket) -> EngineConfig | None:
+    """What `encode_config` made, and nothing of what follows; None if the other end is closed first."""
+    with connection.makefile("rb", buffering=0) as file:
+        head = _exactly(file, _LENGTH.size)
+        body = _exactly(file, _LENGTH.unpack(head)[0]) if head else b""
+    return msgspec.json.decode(body, type=EngineConfig) if body else None
+
+
+def _exactly(file: io.RawIOBase, size: int) -> bytes:
+    """So many bytes; none at all if the stream ends before."""
+    data = b""
+    while len(data) < size:
+        more = file.read(size - len(data))
+        if not more:
+            return b""
+        data += more
+    return data
 
 
 class FrameReader:

@@ -24,6 +24,7 @@ LEFT_BEHIND = ("firstlight.egg-info", "build", "dist", "__pycache__")
 ROOMS = [
     "runtime.errors",
     "runtime.marks",
+    "runtime.spawn",
     "runtime.compiled",
     "runtime.yamlfile",
     "runtime.weights.sources",
@@ -45,6 +46,7 @@ ALSO_ALLOWED = {("runtime.weights.sources", "runtime.weights")}
 ROOMS_OF_THE_HANDLER = {
     "runtime.errors",
     "runtime.marks",
+    "runtime.spawn",
     "runtime.catalogue",
     "runtime.protocol",
     "runtime.processes",

@@ -63,13 +63,17 @@ def run(given: dict[str, Any]) -> int:
     with listen(*address(values)) as sock:
         listening = marks.since_exec()
 
-        # Clients can connect from here on. Next comes the engine, which takes longest, then what serves.
+        # Clients can connect from here on. The engine takes longest, so its process comes next; what it is
+        # to serve it is told as soon as that is known. What serves requests comes last.
+        from runtime.spawn import spawn
+
+        spawned = spawn()
         from handler.settings import read_others, read_settings
         from runtime.processes import start_engine
 
         settings = read_settings(values)
         others = read_others(values)
-        started = start_engine(settings.engine)
+        started = start_engine(settings.engine, spawned)
 
         from runtime.client import EngineClient
 

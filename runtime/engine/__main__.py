@@ -1,7 +1,7 @@
-"""One rank of an engine: `python -m runtime.engine [--fd N] [--listener M] CONFIG`.
+"""One rank of an engine: `python -m runtime.engine --fd N [--listener M]`.
 
-`runtime.client` starts it with its end of a socket, N. A rank that something else starts has none, and
-rank 0 has M, what the others come to, only if it was opened for it.
+`runtime.spawn` starts it with its end of a socket, N, on which it is first told what to serve. Rank 0 has
+M, what the others come to, only if it was opened for it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ import signal
 import socket
 import sys
 
-import msgspec
-
 from runtime.engine.channel import Channel
 from runtime.engine.pace import hurry, settle
 from runtime.engine.start import start
@@ -23,28 +21,29 @@ from runtime.errors import FirstlightError
 from runtime.parallel.control import LostRank, Meeting
 from runtime.parallel.ranks import Ranks
 from runtime.processes import TOKEN
-from runtime.protocol import Broken, EngineConfig, Fatal
+from runtime.protocol import Broken, EngineConfig, Fatal, receive_config
 
 
 def main(arguments: list[str]) -> int:
-    """Serve the model of CONFIG, an `EngineConfig` in JSON; returns the exit status."""
+    """Serve what the other end of the socket says; returns the exit status."""
     hurry()
-    *flags, text = arguments
-    descriptors = {name: int(number) for name, number in zip(flags[::2], flags[1::2], strict=True)}
-    config = msgspec.json.decode(text, type=EngineConfig)
+    descriptors = {name: int(number) for name, number in zip(arguments[::2], arguments[1::2], strict=True)}
     # Whoever stops the group stops the handler, and the handler drains its engine.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    channel = Channel(socket.socket(fileno=descriptors["--fd"])) if "--fd" in descriptors else None
+    connection = socket.socket(fileno=descriptors["--fd"])
+    config = receive_config(connection)
+    if config is None:
+        return 0  # nothing is to be served after all
+    channel = Channel(connection)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         if config.world_size > 1:
             return _serve_as_rank(config, channel, descriptors.get("--listener"))
-        assert channel is not None
         return _serve(config, channel, channel, None)
     return 0
 
 
-def _serve_as_rank(config: EngineConfig, channel: Channel | None, listener: int | None) -> int:
+def _serve_as_rank(config: EngineConfig, channel: Channel, listener: int | None) -> int:
     """Serve in step with the other ranks; the exit status."""
     address, port, token = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", TOKEN))
     accepts = None if listener is None else socket.socket(fileno=listener)
@@ -52,7 +51,7 @@ def _serve_as_rank(config: EngineConfig, channel: Channel | None, listener: int 
     watchdog = Watchdog(ranks, config.stuck_after_s, lambda why: _tell(channel, Broken(why)))
     watchdog.start()
     turns: LeadingChannel | FollowingChannel = FollowingChannel(ranks, watchdog)
-    if channel is not None and config.rank == 0:
+    if config.rank == 0:
         turns = LeadingChannel(channel, ranks, watchdog)
     try:
         return _serve(config, channel, turns, ranks)
@@ -65,7 +64,7 @@ def _serve_as_rank(config: EngineConfig, channel: Channel | None, listener: int 
 
 def _serve(
     config: EngineConfig,
-    channel: Channel | None,
+    channel: Channel,
     turns: Channel | LeadingChannel | FollowingChannel,
     ranks: Ranks | None,
 ) -> int:
@@ -88,11 +87,8 @@ def _serve(
     return 0
 
 
-def _tell(channel: Channel | None, event: Fatal | Broken) -> None:
-    """Say it to whoever started this process, or where somebody may read it."""
-    if channel is None:
-        print(f"firstlight: {event.message}", file=sys.stderr, flush=True)
-        return
+def _tell(channel: Channel, event: Fatal | Broken) -> None:
+    """Say it to whoever started this process, if they are still there."""
     with contextlib.suppress(OSError):
         channel.send(event)
         channel.hang_up()
