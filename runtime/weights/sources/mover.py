@@ -15,6 +15,7 @@ import os
 import socket
 import sys
 import threading
+from contextlib import suppress
 from ctypes import byref, c_int, c_int64
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,6 +66,13 @@ class Body:
             self._ahead = max(0, self._ahead - moved)
             return moved
         return self._move_in_c(file, offset, bare)
+
+    def hang_up(self) -> None:
+        """End a `move` that waits in another thread, as if the other end had closed the connection."""
+        connection = getattr(getattr(self._response, "connection", None), "sock", None)
+        if connection is not None:
+            with suppress(OSError):  # it may be closed already
+                socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
     def _move_in_python(self, file: int, offset: int, count: int) -> int:
         view = memoryview(self._response.read(count))

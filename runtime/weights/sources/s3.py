@@ -37,7 +37,7 @@ _LATEST = "latest"
 _MAX_LISTINGS = 3
 _MAX_ATTEMPTS = 3
 _CONNECT_TIMEOUT_S = 10
-_READ_TIMEOUT_S = 30
+_READ_TIMEOUT_S = 10
 _NOT_FOUND = {"NoSuchBucket", "NoSuchKey", "404", "NotFound", "NoSuchAccessPoint"}
 _DENIED = {
     "AccessDenied",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from runtime.weights.sources import retry
 from runtime.weights.sources.errors import SourceError
@@ -13,12 +15,17 @@ from runtime.weights.sources.journal import Journal
 from runtime.weights.sources.partial import PartialFile, Stopped
 from runtime.weights.sources.remote import RangeReply, Remote, RemoteFile, Transient
 
+if TYPE_CHECKING:
+    from runtime.weights.sources.mover import Body
+
 # One ranged read asks for this much; a killed process loses at most one block of it per connection.
 RANGE_BYTES = 16 << 20
 BLOCK_BYTES = 2 << 20
 # A file is verified by one thread, from its beginning on: so that many files are brought at once.
 FILES_AT_ONCE = 8
 _REPORT_S = 0.1
+# Once there is nothing left to ask for, nobody waits longer than this for a connection that has gone silent.
+SILENT_S = 3.0
 
 
 def turn(number: int, start: int) -> tuple[int, int]:
@@ -101,6 +108,8 @@ class _Round:
             for at in range(start, end, RANGE_BYTES)
         ]
         self._ranges = deque(sorted(ranges, key=lambda wanted: wanted[0]))
+        # What each reading thread receives now, and when it last heard something.
+        self._heard: dict[int, tuple[Body, float]] = {}
         self._unverified = deque(files)
         self._mismatched: list[RemoteFile] = []
 
@@ -117,10 +126,13 @@ class _Round:
             for thread in threads:
                 while thread.is_alive():
                     report()
+                    if not self._ranges:
+                        self._hang_up(silent_s=SILENT_S)
                     thread.join(_REPORT_S)
         finally:
             # No thread may still write once the entry's lock is let go.
             self._stop.set()
+            self._hang_up(silent_s=0)
             for thread in threads:
                 thread.join()
             for file in self._files:
@@ -138,6 +150,13 @@ class _Round:
             with self._lock:
                 self._error = self._error or error
             self._stop.set()
+
+    def _hang_up(self, silent_s: float) -> None:
+        """Close the connections over which nothing has come for so long; their readers take new ones."""
+        now = time.monotonic()
+        for body, heard in list(self._heard.values()):
+            if now - heard >= silent_s:
+                body.hang_up()
 
     def _verify_files(self) -> None:
         while True:
@@ -195,10 +214,15 @@ class _Round:
                 f"{file.file.size}. It changed, or a proxy answers in its place; start again.",
             )
         position = reply.offset
-        while position < end:
-            if self._stop.is_set():
-                raise Stopped
-            moved = file.take(reply.body, position, min(end - position, BLOCK_BYTES))
-            if not moved:
-                raise Transient("the connection was closed early")
-            position += moved
+        me = threading.get_ident()
+        try:
+            while position < end:
+                self._heard[me] = reply.body, time.monotonic()
+                if self._stop.is_set():
+                    raise Stopped
+                moved = file.take(reply.body, position, min(end - position, BLOCK_BYTES))
+                if not moved:
+                    raise Transient("the connection was closed early")
+                position += moved
+        finally:
+            self._heard.pop(me, None)

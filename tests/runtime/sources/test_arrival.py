@@ -120,7 +120,7 @@ def test_a_fetch_that_is_given_up_leaves_what_came(hub: HubServer, tiny_model: P
     assert (directory / WEIGHTS).read_bytes() == (tiny_model / WEIGHTS).read_bytes()
 
 
-@pytest.mark.parametrize("at", [3, 20, 30_000], ids=["header length", "header", "weights"])
+@pytest.mark.parametrize("at", [3, 30_000], ids=["header", "weights"])
 def test_an_answer_never_comes_from_weights_that_arrived_wrong(
     hub: HubServer, tiny_model: Path, cache_dir: Path, answer: list[int], at: int
 ) -> None:

@@ -161,6 +161,26 @@ def test_a_connection_that_fails_is_said_to(
     assert isinstance(caught.value, urllib3.exceptions.HTTPError | ConnectionError | TimeoutError)
 
 
+def test_a_wait_can_be_ended_by_another_thread(
+    server: ThreadingHTTPServer, moves_in_c: bool, file: int
+) -> None:
+    response = urllib3.PoolManager().request(
+        "GET",
+        f"http://127.0.0.1:{server.server_port}/stalls",
+        preload_content=False,
+        decode_content=False,
+        timeout=1000,
+    )
+    body = Body(response, 1000)
+    ending = threading.Timer(0.5, body.hang_up)
+    ending.start()
+    with pytest.raises((EOFError, OSError, urllib3.exceptions.HTTPError)):
+        move_all(body, file)
+        raise EOFError
+    ending.join()
+    response.close()
+
+
 def test_a_file_that_cannot_be_written_is_no_fault_of_the_connection(
     server: ThreadingHTTPServer, moves_in_c: bool, tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ from botocore.awsrequest import AWSRequest
 
 from runtime.weights.sources import FetchProgress, SourceError, fetch, locate
 from runtime.weights.sources import s3 as s3_module
+from runtime.weights.sources import transfer as transfer_module
 from tests.runtime.sources.models import contents, spec
 from tests.runtime.sources.s3_server import OpenDoor, needed_files, upload
 
@@ -44,6 +45,17 @@ def test_a_stalled_connection_is_left_for_another(
     s3: Any, cache_dir: Path, door: OpenDoor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(s3_module, "_READ_TIMEOUT_S", 0.5)
+    files = needed_files(1_000_000)
+    upload(s3, files)
+    door("stall", 3)
+    assert contents(fetch(SPEC, cache_dir)) == files
+
+
+def test_the_last_connection_is_not_waited_for_when_it_goes_silent(
+    s3: Any, cache_dir: Path, door: OpenDoor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3_module, "_READ_TIMEOUT_S", 1000)
+    monkeypatch.setattr(transfer_module, "SILENT_S", 0.5)
     files = needed_files(1_000_000)
     upload(s3, files)
     door("stall", 3)
