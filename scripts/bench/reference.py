@@ -4,7 +4,7 @@
 
 Greedy tokens in float32, computed anew over the whole text at every step, without any cache. The same texts
 in the checkpoint's own number format show how far 16 bits are off: a token counts as certain if it leads by
-more than twice that. The file is written beside the weights; for a folder that cannot be written, name
+more than three times that. The file is written beside the weights; for a folder that cannot be written, name
 another one with --out.
 """
 
@@ -25,8 +25,11 @@ ANSWER_TOKENS = 32
 COUNT_TOKENS = 128
 # The first whose answer is certain for this long is taken, else the one that is for longest.
 ENOUGH_TOKENS = 8
-THINGS = ("a hash table", "a lighthouse", "a glacier", "an election", "a violin", "a prime number")
-STARTS = range(1, 61, 10)
+THINGS = (
+    *("a hash table", "a lighthouse", "a glacier", "an election", "a violin", "a prime number"),
+    *("a river", "a loan", "an alphabet", "a magnet", "a season", "a bridge"),
+)
+STARTS = range(1, 121, 10)
 
 
 def make(folder: Path, device: str, dtype: str) -> References:
@@ -98,14 +101,13 @@ def _answer(models: list[Any], tokenizer: Any, name: str, prompt: list[int]) -> 
     answer = ids[len(prompt) :]
     texts = [tokenizer.decode(answer[:n], skip_special_tokens=True) for n in range(len(answer) + 1)]
     pieces = [longer[len(shorter) :] for shorter, longer in itertools.pairwise(texts)]
-    off = [_off(other, prompt, answer, leads[1:]) for other in models[1:]]
-    return Reference(
-        name, prompt, answer, pieces, leads[1:], round(max([TIE, *(2 * each for each in off)]), 3)
-    )
+    noise = max([0.0, *(_noise(other, prompt, answer, leads[1:]) for other in models[1:])])
+    return Reference(name, prompt, answer, pieces, leads[1:], round(max(TIE, 3 * noise), 3))
 
 
-def _off(model: Any, prompt: list[int], answer: list[int], leads: list[float]) -> float:
-    """How far the leads of an answer's tokens are from `leads` where this model computes them, at most."""
+def _noise(model: Any, prompt: list[int], answer: list[int], leads: list[float]) -> float:
+    """How far the leads of an answer's tokens are from `leads` where this model computes them: the root of
+    the mean square."""
     import torch
 
     with torch.no_grad():
@@ -114,7 +116,7 @@ def _off(model: Any, prompt: list[int], answer: list[int], leads: list[float]) -
     chosen = torch.tensor(answer, device=logits.device)[:, None]
     others = logits.scatter(1, chosen, float("-inf")).amax(1)
     found = (logits.gather(1, chosen)[:, 0] - others) / logits.std(1)
-    return float((found.cpu() - torch.tensor(leads)).abs().max())
+    return float((found.cpu() - torch.tensor(leads)).square().mean().sqrt())
 
 
 def main() -> None:
