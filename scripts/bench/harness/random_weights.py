@@ -82,9 +82,10 @@ def _parts(name: str, count: int, block: np.ndarray) -> Iterator[np.ndarray]:
 
 def _louder(part: np.ndarray, at: int, shape: tuple[int, ...]) -> np.ndarray:
     """Numbers of the head from its number `at` on, in bfloat16's bits: one row in eight times 2 or more, of
-    these one in eight times 4 or more, and so on."""
+    these one in eight times 4 or more, and of these one in eight times 8. So many rows are the loudest that
+    only the right hidden state finds the right one."""
     rows, columns = shape
-    doublings = (np.random.default_rng(0).geometric(7 / 8, rows) - 1).astype(np.uint16)
+    doublings = (np.random.default_rng(0).geometric(7 / 8, rows) - 1).clip(max=3).astype(np.uint16)
     first, last = at // columns, -(-(at + len(part)) // columns)
     exponents = np.repeat(doublings[first:last] << 7, columns)  # what bfloat16's exponents stand behind
     begin = at - first * columns
