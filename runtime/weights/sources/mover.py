@@ -32,7 +32,7 @@ _LIBRARY = Library(
     flags=("-std=gnu11", "-O2", "-fPIC", "-fvisibility=hidden"),
     link=("-shared",),
 )
-_ENDED, _CONNECTION_FAILED, _FILE_FAILED = 1, 2, 3
+_CONNECTION_FAILED, _FILE_FAILED = 2, 3
 
 
 class Body:
