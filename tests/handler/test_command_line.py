@@ -138,6 +138,19 @@ class TestOrder:
             with pytest.raises(FirstlightError, match=said):
                 settle(f"--catalogue {catalogue} {wrong}")
 
+    def test_what_is_told_of_requests(self, catalogue: str) -> None:
+        line = f"--catalogue {catalogue}"
+        assert settle(line).access_log is True
+        assert settle(f"{line} --no-access-log").access_log is False
+        assert settle(line, {"FIRSTLIGHT_ACCESS_LOG": "false"}).access_log is False
+        assert settle(line).otlp_traces_endpoint is None
+        url = "http://collector:4318/v1/traces"
+        for given, environ in (
+            (f"--otlp-traces-endpoint {url}", {}),
+            ("", {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": url}),
+        ):
+            assert settle(f"{line} {given}", environ).otlp_traces_endpoint == url
+
     def test_a_variable_that_makes_no_sense_is_named(self, catalogue: str) -> None:
         with pytest.raises(FirstlightError, match=r"FIRSTLIGHT_PORT.*70000"):
             listens_on("", {"FIRSTLIGHT_PORT": "70000"})
