@@ -6,6 +6,7 @@ tensors without data. Their dtypes and offsets decide what is compiled.
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -36,12 +37,18 @@ def compiling_for(capability: int) -> Iterator[None]:
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise FileNotFoundError("no C compiler found: Triton needs one to make what launches its kernels")
-    with tempfile.TemporaryDirectory() as folder, triton.knobs.nvidia.scope():
-        # Launchers are linked against the driver, which need not be there: nothing of it is called.
-        empty, library = Path(folder) / "empty.c", Path(folder) / "libcuda.so.1"
+    with tempfile.TemporaryDirectory() as folder, triton.knobs.nvidia.scope(), triton.knobs.build.scope():
+        # Launchers are linked against the driver, which need not be there: one without content will do, if
+        # the linker is told to note a library that it finds nothing in.
+        empty, library, linking = (Path(folder) / name for name in ("empty.c", "libcuda.so.1", "cc"))
         empty.touch()
-        subprocess.run([compiler, "-shared", "-fPIC", "-o", library, empty], check=True)
+        subprocess.run(
+            [compiler, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library, empty], check=True
+        )
+        linking.write_text(f'#!/bin/sh\nexec {shlex.quote(compiler)} -Wl,--no-as-needed "$@"\n')
+        linking.chmod(0o755)
         triton.knobs.nvidia.libcuda_path = folder
+        triton.knobs.build.cc = str(linking)
         with (
             mock.patch.object(triton.runtime.build, "_load_module_from_path", _not_loaded),
             mock.patch.object(JITFunction, "run", _compile),

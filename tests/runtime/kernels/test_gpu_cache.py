@@ -57,6 +57,10 @@ def test_what_an_image_ships_is_found_wherever_the_image_has_it(tmp_path: Path) 
     kept = {file.suffix for file in (built / "runtime/kernels/gpu/compiled").rglob("_gated_kernel.*")}
     assert kept == {".cubin", ".json", ".source"}
 
+    launchers = list((built / "runtime/kernels/gpu/compiled").rglob("*.so"))
+    assert launchers
+    assert all(b"libcuda.so.1\0" in launcher.read_bytes() for launcher in launchers)
+
     built.rename(shipped)
     for path in shipped.rglob("*"):
         path.chmod(0o555 if path.is_dir() else 0o444)
