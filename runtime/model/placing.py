@@ -21,7 +21,7 @@ def turn_quantised(
 ) -> Packed:
     """The projections that stay quantised on this device, in the kernels' layout and in the same memory.
 
-    Those are all of them on a GPU, unless their groups do not suit the kernels, and none on a CPU.
+    Those are all of the layers' on a GPU, unless their groups do not suit the kernels, and none on a CPU.
     """
     if quantization is None or device.type == "cpu" or dtype == torch.float32:
         return {}
@@ -31,7 +31,11 @@ def turn_quantised(
     packed = {}
     for name in tensors:
         base = name.removesuffix(".qweight")
-        if base != name and (matrix := repack(tensors, base, quantization)) is not None:
+        if (
+            base != name
+            and base.startswith("layers.")
+            and (matrix := repack(tensors, base, quantization)) is not None
+        ):
             packed[base] = matrix
     # What the turning took is wanted for the KV cache.
     torch.cuda.empty_cache()

@@ -52,6 +52,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "GPTQ v2 with zero points": GPTQ | {"sym": False, "checkpoint_format": "gptq_v2"},
     "GPTQ Int8 with zero points": GPTQ | {"bits": 8, "sym": False},
     "GPTQ in the order of activations": GPTQ | {"desc_act": True},
+    "GPTQ Int4, the head too": GPTQ | {"lm_head": True},
     "AWQ": AWQ,
     "FP8": FP8,
     "FP8 in blocks": FP8 | {"weight_block_size": [32, 32]},

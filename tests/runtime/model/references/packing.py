@@ -91,8 +91,9 @@ def quantise(directory: Path, settings: dict[str, Any]) -> dict[str, torch.Tenso
     tensors = load_file(directory / "model.safetensors")
     meant = {}
     for name, tensor in list(tensors.items()):
-        in_layer = ".layers." in name or ".h." in name
-        if in_layer and name.endswith(".weight") and tensor.ndim == 2:
+        quantised_here = ".layers." in name or ".h." in name
+        quantised_here |= settings.get("lm_head", False) and name == "lm_head.weight"
+        if quantised_here and name.endswith(".weight") and tensor.ndim == 2:
             method = quantised if settings["quant_method"] in ("gptq", "awq") else quantised_fp8
             packed, meant[name] = method(name, tuple(tensor.shape), settings, random)
             del tensors[name]
