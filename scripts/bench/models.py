@@ -114,20 +114,23 @@ def gpu_memory() -> int:
     return int(found[0].rpartition(",")[2].split()[0]) << 20
 
 
+def in_order(only: list[str], names: list[str]) -> list[str]:
+    """Those whose names have one of these parts, part by part; all if there are none."""
+    wanted = [name for part in only for name in names if part in name]
+    return list(dict.fromkeys(wanted)) if only else names
+
+
 def tasks(options: Any) -> list[Task]:
-    """What to measure, in the catalogue's order."""
+    """What to measure, in the order of --only, or the catalogue's."""
     from runtime.catalogue import load_catalogue
 
     models = load_catalogue(ROOT / "models.yaml").models
     memory = gpu_memory()
     chosen = []
-    for name in [name for name in models if name in SHAPES] + [name for name in SHAPES if name not in models]:
-        if options.only and not any(part in name for part in options.only):
-            continue
-        length = models[name].max_model_len if name in models else None
+    for name in in_order(options.only, [name for name in models if name in SHAPES]):
         layers = options.layers or layers_that_fit(name, memory, options.tensor_parallel_size)
         standard = any(part in name for part in options.standard)
-        chosen.append(Task(name, length or 4096, layers, options.batches, standard))
+        chosen.append(Task(name, models[name].max_model_len or 4096, layers, options.batches, standard))
     return chosen
 
 
