@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from handler.openai.errors import ApiError
 from handler.openai.strict import Strict
@@ -24,6 +24,13 @@ class TextPart(Strict):
     # Up to where other servers would keep what they have computed; here all of it is kept anyway.
     cache_control: dict[str, str] | None = None
     prompt_cache_breakpoint: dict[str, str] | None = None
+
+    @field_validator("type", mode="before")
+    @classmethod
+    def _text_alone(cls, value: Any) -> Any:
+        if isinstance(value, str) and value != "text":
+            raise ValueError(f"this model takes text alone, no '{value[:40]}'")
+        return value
 
 
 class RefusalPart(Strict):

@@ -192,6 +192,14 @@ def test_messages_are_checked_to_the_depth(server: Server, message: dict[str, An
     assert reply.error["param"] == param
 
 
+def test_images_are_told_that_there_is_text_alone(server: Server) -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
+    messages = [{"role": "user", "content": [{"type": "text", "text": "What is this?"}, image]}]
+    reply = server.post("/v1/chat/completions", {"messages": messages})
+    assert (reply.status, reply.error["param"]) == (400, "messages.0.content.1.type")
+    assert "takes text alone, no 'image_url'" in reply.error["message"]
+
+
 def test_missing_and_unknown_fields(server: Server) -> None:
     missing = server.post("/v1/chat/completions", {"model": "tiny"})
     assert (missing.status, missing.error["param"]) == (400, "messages")
