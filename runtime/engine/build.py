@@ -93,13 +93,15 @@ def build_engine(
         if isinstance(memory, HostMemory):
             memory.note_pool(tensor for layer in runner.cache for tensor in (layer.keys, layer.values))
     else:
+        from runtime.engine.device_memory import DeviceMemory
         from runtime.engine.device_runner import DeviceRunner
         from runtime.kernels.gpu import cache
 
+        assert isinstance(memory, DeviceMemory)
         cache.prepare()
         runner = DeviceRunner(
             decoder, num_blocks, config.block_size, config.max_num_seqs, budget, max_model_len, dtype,
-            memory.cache(),
+            memory,
         )  # fmt: skip
     scheduler = Scheduler(blocks, config.max_num_seqs, budget, config.enable_chunked_prefill)
     grammars = Grammars(directory, runner.vocab_size)

@@ -41,6 +41,11 @@ class Pool:
         self._allocator = torch._C._cuda_customAllocator(allocate, free)
         self._pool = torch.cuda.MemPool(self._allocator)
 
+    @property
+    def id(self) -> tuple[int, int]:
+        """What torch knows the pool by."""
+        return self._pool.id
+
     @contextmanager
     def use(self) -> Iterator[None]:
         """What this thread allocates on the device meanwhile lies in the pool."""
@@ -78,8 +83,10 @@ class DeviceMemory:
         self._num_ranks = num_ranks
         self._derived = Pool(driver)
         self._cache = Pool(driver)
+        self._scratch = Pool(driver)
         self._arenas = [] if weights is None else [weights.memory]
-        self._arena_copy = HostCopy(driver, self._arenas)
+        self._stream = driver.stream()
+        self._arena_copy = HostCopy(driver, self._arenas, self._stream)
         self._derived_copy: HostCopy | None = None
         self._driver = driver
         self._copies_arena = False
@@ -94,6 +101,20 @@ class DeviceMemory:
         """See `Memory.cache`."""
         return self._cache.use()
 
+    def scratch(self) -> AbstractContextManager[None]:
+        """For what holds nothing while nothing runs, or zeros; after a sleep it holds zeros."""
+        return self._scratch.use()
+
+    def graph_pool(self, num_bytes: int) -> tuple[int, int]:
+        """Where CUDA graphs may keep what they compute with, as torch's captures take it.
+
+        The current stream's graphs find `num_bytes` there in one piece. Captures in ascending order of size
+        would else each bring a new one, as none fits into those before.
+        """
+        with self._cache.use():
+            torch.empty(num_bytes, dtype=torch.uint8, device="cuda")
+        return self._cache.id
+
     def on_reload(self, work: Callable[[], object]) -> None:
         """See `Memory.on_reload`."""
         self._on_reload = work
@@ -104,7 +125,8 @@ class DeviceMemory:
             self._driver.enter()
             self._copies_arena = level == 1 and (self._arena_is_copied or self._fits_host())
         if self._derived_copy is None:
-            self._derived_copy = HostCopy(self._driver, list(self._derived.regions.values()))
+            derived = list(self._derived.regions.values())
+            self._derived_copy = HostCopy(self._driver, derived, self._stream)
         self._derived_copy.make(part, parts)
         if self._copies_arena:
             try:
@@ -131,22 +153,21 @@ class DeviceMemory:
     def take_back(self) -> None:
         """See `Memory.take_back`. The cache's memory is mapped while the weights are on their way."""
         self._driver.enter()
-        for arena in self._arenas:
-            arena.take()
-        if self._arena_is_copied:
-            self._arena_copy.upload()
-        for region in self._derived.regions.values():
-            region.take()
+        # Without a copy this only takes the memory.
+        self._arena_copy.fill()
         assert self._derived_copy is not None
-        self._derived_copy.upload()
+        self._derived_copy.fill()
+        for region in self._scratch.regions.values():
+            region.take()
+            self._driver.clear(region.address, region.num_bytes, self._stream)
         for region in self._cache.regions.values():
             region.take()
         if self._weights is not None and not self._arena_is_copied:
             self._weights.load(lambda done: None)
             self._on_reload()
             torch.cuda.synchronize()
-        self._arena_copy.wait()
-        self._derived_copy.wait()
+        self._driver.synchronize(self._stream)
 
     def _regions(self) -> list[VirtualMemory]:
-        return [*self._arenas, *self._derived.regions.values(), *self._cache.regions.values()]
+        pools = (self._derived, self._cache, self._scratch)
+        return [*self._arenas, *(region for pool in pools for region in pool.regions.values())]

@@ -8,15 +8,16 @@ which sequences take part, their new blocks, and the tokens of prompts.
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
-from contextlib import AbstractContextManager
 from functools import partial
 
 import numpy as np
 import torch
 
+from runtime.engine.device_memory import DeviceMemory
 from runtime.engine.device_results import Drawn, Scores, UnderWay, to_host
 from runtime.engine.device_sampling import DeviceSampler
 from runtime.engine.graphs import DecodeGraphs
+from runtime.engine.memory import decode_bytes
 from runtime.engine.request_table import BlockUpdate, RequestTable
 from runtime.engine.scheduler import Scheduled
 from runtime.engine.sequence import Sequence
@@ -53,7 +54,7 @@ class DeviceRunner:
         max_num_batched_tokens: int,
         max_model_len: int,
         dtype: torch.dtype,
-        cache_memory: AbstractContextManager[None],
+        memory: DeviceMemory,
     ) -> None:
         config = decoder.config
         device = torch.device("cuda", torch.cuda.current_device())
@@ -66,7 +67,7 @@ class DeviceRunner:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         torch.cuda.set_stream(self._stream)
         shape = (2, num_blocks, config.num_kv_heads, block_size, config.head_dim)
-        with cache_memory:
+        with memory.cache():
             self._cache = [
                 LayerCache(*torch.empty(shape, dtype=dtype, device=device)) for _ in range(config.num_layers)
             ]
@@ -81,9 +82,11 @@ class DeviceRunner:
         self._updates = torch.zeros((max_num_seqs, 3), dtype=torch.int32, device=device)
         self._num_updates = torch.zeros(1, dtype=torch.int32, device=device)
         self._tile = prefill_tile(config.num_heads, config.num_kv_heads, config.head_dim, dtype.itemsize)
-        self._workspace = self._allocate_workspace(max_num_seqs, dtype, device)
-        self._sampler = DeviceSampler(self._table, max_num_seqs, config.vocab_size, device)
-        self.graphs = DecodeGraphs(max_num_seqs, self._decode)
+        with memory.scratch():
+            self._workspace = self._allocate_workspace(max_num_seqs, dtype, device)
+            self._sampler = DeviceSampler(self._table, max_num_seqs, config.vocab_size, device)
+        num_bytes = decode_bytes(config, max_num_seqs, dtype)
+        self.graphs = DecodeGraphs(max_num_seqs, self._decode, lambda: memory.graph_pool(num_bytes))
 
     def _allocate_workspace(self, max_num_seqs: int, dtype: torch.dtype, device: torch.device) -> Workspace:
         config = self._config

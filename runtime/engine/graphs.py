@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
+from typing import Any
 
 import torch
+
+from runtime.kernels.adopted import adopted
 
 # A capture keeps the host busy for some hundredths of a second. While requests wait for tokens there is
 # this much between two, and before the first: by then the first tokens of a start are on their way.
@@ -16,14 +19,18 @@ class DecodeGraphs:
     """Captures `forward(size)` and replays it from then on.
 
     `forward` reads its inputs from where they always lie and returns a tensor, which each replay
-    overwrites. Graphs of all sizes share their memory, so a result must be used before the next replay.
+    overwrites. Graphs of all sizes share their memory, which lies in the `pool` that is made before the
+    first capture, so a result must be used before the next replay.
     """
 
-    def __init__(self, max_size: int, forward: Callable[[int], torch.Tensor]) -> None:
+    def __init__(
+        self, max_size: int, forward: Callable[[int], torch.Tensor], pool: Callable[[], Any]
+    ) -> None:
         self._sizes = self.sizes(max_size)
         self._forward = forward
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        self._pool = torch.cuda.graph_pool_handle()
+        self._make_pool = pool
+        self._pool: Any = None
         self._warm: set[int] = set()
         self._since_capture = 0
 
@@ -78,9 +85,12 @@ class DecodeGraphs:
         if size not in self._warm:
             # Once without capturing: kernels are loaded, and libraries allocate, outside the graph.
             self.run(size)
+        self._pool = self._pool or self._make_pool()
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         output = self._forward(size)
         graph.capture_end()
-        self._graphs[size] = graph, output
+        # The graph keeps its memory, and the output's is free for the other graphs.
+        lent = adopted(output.data_ptr(), output.nbytes).view(output.dtype).view(output.shape)
+        self._graphs[size] = graph, lent
         self._since_capture = 0

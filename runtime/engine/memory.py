@@ -29,6 +29,12 @@ def working_bytes(config: ModelConfig, num_tokens: int, max_num_seqs: int, dtype
     return (num_tokens * widest + scratch) * dtype.itemsize + 4 * logits + _LIBRARIES_BYTES
 
 
+def decode_bytes(config: ModelConfig, num_seqs: int, dtype: torch.dtype) -> int:
+    """What a decode step of that many sequences computes with, by and large: its logits and two layers."""
+    layer = 3 * config.intermediate_size + 8 * config.hidden_size
+    return num_seqs * (4 * config.vocab_size + 2 * layer * dtype.itemsize) + (16 << 20)
+
+
 def available_bytes() -> int:
     """Main memory this process may still take: the machine's, or less if a container limits it.
 

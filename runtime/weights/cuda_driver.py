@@ -6,7 +6,7 @@ Every call releases Python's lock while it waits. Source: the CUDA Driver API re
 from __future__ import annotations
 
 import ctypes
-from ctypes import byref, c_int, c_size_t, c_uint64, c_void_p
+from ctypes import byref, c_int, c_size_t, c_ubyte, c_uint64, c_void_p
 
 from runtime.errors import FirstlightError
 
@@ -109,6 +109,10 @@ class Driver:
         """Wait until what was noted is done; at once if nothing was."""
         self.call("cuEventSynchronize", event)
 
+    def synchronize(self, stream: c_void_p) -> None:
+        """Wait until all that was begun on a stream is done."""
+        self.call("cuStreamSynchronize", stream)
+
     def copy(self, target: int, source: int, num_bytes: int, stream: c_void_p) -> None:
         """Begin a copy from pinned memory to the device."""
         self.call("cuMemcpyHtoDAsync_v2", c_uint64(target), c_void_p(source), c_size_t(num_bytes), stream)
@@ -116,6 +120,10 @@ class Driver:
     def download(self, target: int, source: int, num_bytes: int, stream: c_void_p) -> None:
         """Begin a copy from the device to pinned memory."""
         self.call("cuMemcpyDtoHAsync_v2", c_void_p(target), c_uint64(source), c_size_t(num_bytes), stream)
+
+    def clear(self, target: int, num_bytes: int, stream: c_void_p) -> None:
+        """Begin to fill device memory with zeros."""
+        self.call("cuMemsetD8Async", c_uint64(target), c_ubyte(0), c_size_t(num_bytes), stream)
 
     def copy_rows(
         self, target: int, source: int, width: int, rows: int, source_pitch: int, stream: c_void_p

@@ -16,11 +16,14 @@ from runtime.engine.canary import CanaryError
 from runtime.engine.core import Engine
 from runtime.engine.sleeper import PARTS, Sleeper
 from runtime.engine.start import start
+from runtime.kernels.adopted import adopted
 from runtime.protocol import Asleep, Awake, EngineConfig, Event, Sleep, SleepLevel, Wake
 from runtime.weights.cuda_driver import Driver
 from runtime.weights.virtual_memory import VirtualMemory
 from tests.gpu.test_engine import NAMED, SHAPE, answers
 from tests.runtime.engine.test_against_transformers import differences, save_random_llama
+from tests.runtime.test_client import config, running, submit, tokens_of
+from tests.runtime.test_client import run as run_client
 
 pytestmark = pytest.mark.gpu
 
@@ -52,12 +55,7 @@ def test_memory_comes_back_at_the_same_address_for_a_graph_that_holds_it() -> No
     driver = Driver()
     memory = VirtualMemory(driver, 100 << 20)
 
-    class Adopted:
-        __cuda_array_interface__ = {
-            "shape": (memory.num_bytes,), "typestr": "|u1", "data": (memory.address, False), "version": 3,
-        }  # fmt: skip
-
-    tensor = torch.as_tensor(Adopted(), device="cuda")
+    tensor = adopted(memory.address, memory.num_bytes)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         total = tensor[: 1 << 20].sum(dtype=torch.int64)
@@ -80,6 +78,7 @@ def test_answers_are_the_references_after_every_sleep(levels: list[SleepLevel], 
     assert differences(model, NAMED, answers(engine, NAMED)) == {}
     while engine.runner.use_idle_time():
         pass
+    assert differences(model, NAMED, answers(engine, NAMED)) == {}
     for level in levels:
         fall_asleep(sleeper, level)
         sleeper.take(Wake())
@@ -106,7 +105,8 @@ def test_what_was_made_of_weights_wakes_too(dtype: torch.dtype, tmp_path: Path) 
 
 
 def test_the_cache_and_the_weights_leave_the_device(tmp_path: Path) -> None:
-    save_random_llama(tmp_path, torch.bfloat16, **SHAPE | {"hidden_size": 1024, "intermediate_size": 4096})
+    wide = {"hidden_size": 1024, "intermediate_size": 4096, "max_position_embeddings": 1 << 16}
+    save_random_llama(tmp_path, torch.bfloat16, **SHAPE | wide)
     weights = (tmp_path / "model.safetensors").stat().st_size
     engine, sleeper = make(tmp_path, [])
     answers(engine, NAMED)
@@ -125,3 +125,18 @@ def test_a_damaged_copy_is_noticed(tmp_path: Path) -> None:
     file.write_bytes(content)
     with pytest.raises(CanaryError, match="did not say what it said"):
         sleeper.take(Wake())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs are needed")
+def test_ranks_sleep_together(tmp_path: Path) -> None:
+    save_random_llama(tmp_path, torch.bfloat16, **SHAPE)
+
+    async def test() -> None:
+        async with running(config(tmp_path, device="cuda", world_size=2)) as client:
+            before = await tokens_of(submit(client, "before", 20))
+            for level in (1, 2):
+                await client.sleep(level)  # type: ignore[arg-type]
+                assert await tokens_of(submit(client, f"after{level}", 20)) == before
+            assert (client.state, client.wakes, client.restarts) == ("warm", 2, 0)
+
+    run_client(test())
