@@ -151,8 +151,24 @@ class DeviceMemory:
         torch.cuda.empty_cache()
 
     def take_back(self) -> None:
-        """See `Memory.take_back`. The cache's memory is mapped while the weights are on their way."""
+        """See `Memory.take_back`. Raises `CudaError` if the memory is not to be had any more."""
         self._driver.enter()
+        try:
+            self._take()
+        except CudaError as error:
+            free, total = self._driver.memory()
+            raise CudaError(
+                f"The engine cannot wake. {error} Of the device's {total / 1e9:.1f} GB {free / 1e9:.1f} are "
+                "free: whatever else uses it must leave the engine the room that it had."
+            ) from None
+        if self._weights is not None and not self._arena_is_copied:
+            self._weights.load(lambda done: None)
+            self._on_reload()
+            torch.cuda.synchronize()
+        self._driver.synchronize(self._stream)
+
+    def _take(self) -> None:
+        """All memory; what was copied is on its way back while the rest is being mapped."""
         # Without a copy this only takes the memory.
         self._arena_copy.fill()
         assert self._derived_copy is not None
@@ -162,11 +178,6 @@ class DeviceMemory:
             self._driver.clear(region.address, region.num_bytes, self._stream)
         for region in self._cache.regions.values():
             region.take()
-        if self._weights is not None and not self._arena_is_copied:
-            self._weights.load(lambda done: None)
-            self._on_reload()
-            torch.cuda.synchronize()
-        self._driver.synchronize(self._stream)
 
     def _regions(self) -> list[VirtualMemory]:
         pools = (self._derived, self._cache, self._scratch)
