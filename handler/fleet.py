@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from handler.openai.errors import ApiError
 from handler.service import Service
@@ -29,7 +30,7 @@ class Fleet:
         self._max_awake = settings.max_awake_models
         self._max_loaded = max(settings.max_awake_models, settings.max_loaded_models)
         self._changing = asyncio.Lock()
-        self._bringing: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._guests = {service.model: _Guests() for service in self.services}
         # The least recently used first. Those that are awake, or may become so at any time:
         self._awake: OrderedDict[str, Service] = OrderedDict({self.default.model: self.default})
@@ -59,7 +60,8 @@ class Fleet:
     async def place(self, service: Service) -> AsyncIterator[None]:
         """A place for a request at its model, which may be awake for as long as that is held."""
         guests = self._guests[service.model]
-        if service.model in self._awake and not guests.asked_to_leave:
+        is_fine = service.client.state != "failed" or service is self.default
+        if service.model in self._awake and is_fine and not guests.asked_to_leave:
             guests.enter()
         else:
             await self._wait_turn(service, guests)
@@ -73,8 +75,7 @@ class Fleet:
     async def _wait_turn(self, service: Service, guests: _Guests) -> None:
         """All who wait for a model enter together when its turn comes, so that models change seldom."""
         if not guests.waiting:
-            self._bringing.add(task := asyncio.create_task(self._bring(service, guests)))
-            task.add_done_callback(self._bringing.discard)
+            self._keep(self._bring(service, guests))
         turn = asyncio.get_running_loop().create_future()
         guests.waiting.append(turn)
         try:
@@ -83,6 +84,11 @@ class Fleet:
             if not turn.cancelled():
                 guests.leave()  # it had just been let in
             raise
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do some work beside everything else."""
+        self._tasks.add(task := asyncio.create_task(work))
+        task.add_done_callback(self._tasks.discard)
 
     async def _bring(self, service: Service, guests: _Guests) -> None:
         async with self._changing:
@@ -97,6 +103,10 @@ class Fleet:
     async def _make_room(self, service: Service) -> None:
         while service.model not in self._awake and len(self._awake) >= self._max_awake:
             await self._send_to_sleep(self._awakes_least_needed())
+        if service.client.state == "failed" and service is not self.default and not service.client.pids:
+            # What was wrong then may have been put right; the server itself goes by its default model.
+            service.client.forgive()
+            self._keep(service.client.run(at_once=False))
         if service.client.state == "cold":
             loaded = [s for s in self._used.values() if s.client.state not in ("cold", "failed")]
             asleep = [s for s in loaded if s.model not in self._awake]

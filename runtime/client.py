@@ -118,6 +118,7 @@ class EngineClient:
                 self._forget_engine()
             else:
                 self._note_death(first)
+        self._ranks = []
         self._end_streams(EngineUnavailable(self.failure or "The server is shutting down."))
 
     async def _wait_turn(self) -> None:
@@ -172,6 +173,12 @@ class EngineClient:
             self._writer = None  # what is sent from here on is for the next engine
             self._leaving = True
             self._set_state("cold")
+
+    def forgive(self) -> None:
+        """Forget a failure: with `run`, which has returned, the engine may be tried again."""
+        self.failure, self._failed_starts = None, 0
+        self._forget_engine()
+        self._set_state("cold")
 
     async def close(self, drain_seconds: float) -> None:
         """Let submitted requests finish for at most `drain_seconds`, then end the engine process."""

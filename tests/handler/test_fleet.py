@@ -25,9 +25,11 @@ def catalogue(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     for seed, name in enumerate(NAMES):
         shutil.copytree(tiny_model, folder / name)
         write_llama(folder / name, seed=seed + 1)
-    entries: dict[str, Any] = {name: {"source": f"./{name}"} for name in NAMES}
+    shutil.copytree(tiny_model, folder / "late")
+    (folder / "late" / "model.safetensors").unlink()
+    entries: dict[str, Any] = {name: {"source": f"./{name}"} for name in (*NAMES, "late")}
     file = folder / "models.yaml"
-    file.write_text(yaml.safe_dump({"default": "first", "models": entries}))
+    file.write_text(yaml.safe_dump({"default": "first", "models": entries}, sort_keys=False))
     return file
 
 
@@ -67,7 +69,8 @@ def call(server: Served, path: str, **body: Any) -> tuple[int, Any]:
 
 
 def states(server: Served) -> dict[str, str]:
-    return {name: health["state"] for name, health in server.get("/status")["models"].items()}
+    models = server.get("/status")["models"]
+    return {name: models[name]["state"] for name in NAMES}
 
 
 def test_each_is_loaded_when_it_is_asked_for_and_the_longest_unused_makes_room(
@@ -91,7 +94,7 @@ def test_all_at_once_each_gets_its_own_answer(server: Served, answers: dict[str,
 
 def test_they_are_listed_and_no_others_are_known(server: Served) -> None:
     listed = server.get("/v1/models")["data"]
-    assert [model["id"] for model in listed] == list(NAMES)
+    assert [model["id"] for model in listed] == [*NAMES, "late"]
     assert server.get("/v1/models/third")["id"] == "third"
     for path in ("/v1/completions", "/tokenize", "/v1/chat/completions", "/sleep"):
         status, answer = call(server, path, model="fourth", prompt="x", messages=[])
@@ -109,6 +112,17 @@ def test_one_can_be_sent_to_sleep_and_woken_by_name(server: Served, answers: dic
     assert call(server, "/sleep")[0] == 200
     assert "warm" not in states(server).values()
     assert complete(server, "second") == answers["second"]
+
+
+def test_one_that_cannot_start_costs_nobody_else_anything_and_may_be_mended(
+    server: Served, catalogue: Path, answers: dict[str, str]
+) -> None:
+    for _ in range(2):
+        status, answer = call(server, "/v1/completions", model="late", prompt="There was")
+        assert (status, "safetensors" in answer["error"]["message"]) == (503, True)
+    assert complete(server, "first") == answers["first"]
+    write_llama(catalogue.parent / "late", seed=9)
+    assert complete(server, "late") not in answers.values()
 
 
 def test_what_is_counted_is_told_by_model(server: Served, answers: dict[str, str]) -> None:
