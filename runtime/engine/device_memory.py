@@ -109,8 +109,11 @@ class DeviceMemory:
         """Where CUDA graphs may keep what they compute with, as torch's captures take it.
 
         The current stream's graphs find `num_bytes` there in one piece. Captures in ascending order of size
-        would else each bring a new one, as none fits into those before.
+        would else each bring a new one, as none fits into those before. What graphs of several ranks compute
+        with may be known to the others by what lies behind the addresses, so it stays.
         """
+        if self._num_ranks > 1:
+            return torch.cuda.graph_pool_handle()
         with self._cache.use():
             torch.empty(num_bytes, dtype=torch.uint8, device="cuda")
         return self._cache.id

@@ -88,7 +88,7 @@ class DecodeGraphs:
         self._pool = self._pool or self._make_pool()
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-        output = self._forward(size)
+        output = self._forward(size).contiguous()
         graph.capture_end()
         # The graph keeps its memory, and the output's is free for the other graphs.
         lent = adopted(output.data_ptr(), output.nbytes).view(output.dtype).view(output.shape)

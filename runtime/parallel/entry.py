@@ -57,8 +57,6 @@ def connect(
     if device == "cuda":
         if interface is not None:
             os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
-        # Other ranks must not go on knowing a graph's memory by what lay behind its addresses before a sleep.
-        os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
         settings = c10d.ProcessGroupNCCL.Options()
         settings._timeout = timeout
         return Group(c10d.ProcessGroupNCCL(store, rank, world_size, settings), rank, world_size)

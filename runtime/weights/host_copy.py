@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import weakref
-from collections import deque
 from collections.abc import Iterator, Sequence
 
 from runtime.weights.cuda_driver import Driver
@@ -55,16 +54,15 @@ class HostCopy:
             start, stop = start - region.num_bytes, stop - region.num_bytes
 
     def fill(self) -> None:
-        """Take the regions' memory, and begin to fill what is there while the rest is still being taken.
+        """Take the regions' memory, and begin to fill it: that is done when the stream is.
 
-        That is done when the stream is. Without a copy, only the memory is taken.
+        Without a copy, only the memory is taken.
         """
-        copies = deque(copy for _, part in sorted(self._parts.items()) for copy in part.placed())
         for region in self._regions:
-            for stop in region.take_pieces():
-                while copies and region.address <= copies[0][1] <= stop - copies[0][2]:
-                    source, target, size = copies.popleft()
-                    self._driver.copy(target, source, size, self._stream)
+            region.take()
+        for part in self._parts.values():
+            for source, target, size in part.placed():
+                self._driver.copy(target, source, size, self._stream)
 
     def close(self) -> None:
         """Give back all parts' memory."""

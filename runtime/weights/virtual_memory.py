@@ -9,7 +9,6 @@ Source: the CUDA Driver API reference, "Virtual Memory Management".
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 from ctypes import byref, c_int, c_size_t, c_ubyte, c_uint64, c_ulonglong, c_void_p
 
 from runtime.weights.cuda_driver import Driver
@@ -17,8 +16,6 @@ from runtime.weights.cuda_driver import Driver
 _PINNED = 1  # CU_MEM_ALLOCATION_TYPE_PINNED: ordinary memory of a device
 _DEVICE = 1  # CU_MEM_LOCATION_TYPE_DEVICE
 _READ_WRITE = 3  # CU_MEM_ACCESS_FLAGS_PROT_READWRITE
-# Memory comes in pieces of this size, so that the first can be used while the next is being mapped.
-_PIECE_BYTES = 1 << 30
 
 
 class _Location(ctypes.Structure):
@@ -64,24 +61,14 @@ class VirtualMemory:
             c_ulonglong(0),
         )  # fmt: skip
         self.address = address.value
-        self._present_bytes = 0
+        self.is_present = False
         self.take()
 
     def take(self) -> None:
         """Put memory behind the addresses, unless it is there. Raises `CudaError` if there is not enough."""
-        for _ in self.take_pieces():
-            pass
-
-    def take_pieces(self) -> Iterator[int]:
-        """The same piece by piece; yields up to which address there is memory by then."""
-        while self._present_bytes < self.num_bytes:
-            size = min(_PIECE_BYTES, self.num_bytes - self._present_bytes)
-            self._take_piece(self.address + self._present_bytes, size)
-            self._present_bytes += size
-            yield self.address + self._present_bytes
-
-    def _take_piece(self, start: int, num_bytes: int) -> None:
-        call, size, address = self._driver.call, c_size_t(num_bytes), c_uint64(start)
+        if self.is_present:
+            return
+        call, size, address = self._driver.call, c_size_t(self.num_bytes), c_uint64(self.address)
         handle = c_uint64()
         call("cuMemCreate", byref(handle), size, byref(self._properties), c_ulonglong(0))
         try:
@@ -89,12 +76,13 @@ class VirtualMemory:
         finally:
             call("cuMemRelease", handle)  # from here on the mapping holds the memory
         call("cuMemSetAccess", address, size, byref(self._access), c_size_t(1))
+        self.is_present = True
 
     def give_back(self) -> None:
         """Free the memory behind the addresses, if it is there; nothing on the device may be using it."""
-        if self._present_bytes:
-            self._driver.call("cuMemUnmap", c_uint64(self.address), c_size_t(self._present_bytes))
-            self._present_bytes = 0
+        if self.is_present:
+            self._driver.call("cuMemUnmap", c_uint64(self.address), c_size_t(self.num_bytes))
+            self.is_present = False
 
     def close(self) -> None:
         """Give back the addresses, too."""

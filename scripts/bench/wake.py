@@ -15,12 +15,14 @@ while the server sleeps, less what was in use before it was started.
 from __future__ import annotations
 
 import http.client
+import json
+import os
 import shutil
 import subprocess
 import time
 from dataclasses import dataclass
 
-from harness import BenchError, answers, checkpoint, limits_cuda, machine, pss, servers
+from harness import BenchError, answers, checkpoint, client, limits_cuda, machine, pss, servers
 from harness.contender import Contender, started
 from harness.process import tree
 from harness.report import Report, make_parser, progress, run
@@ -29,6 +31,7 @@ from harness.table import number, spread
 
 ANSWER_TOKENS = 32
 SLEEP_TIMEOUT_S = 120.0
+GRAPHS_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,12 @@ class Round:
 
 
 def device_bytes_used() -> float:
-    """Of the first GPU's memory, whoever uses it; 0 where there is none."""
+    """Of the memory of the GPU that is used, whoever uses it; 0 where there is none."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return 0.0
-    query = [program, "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
+    device = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0] or "0"
+    query = [program, "--query-gpu=memory.used", "--format=csv,noheader,nounits", f"--id={device}"]
     done = subprocess.run(query, capture_output=True, text=True, check=False)
     return float(done.stdout) * (1 << 20) if done.returncode == 0 else 0.0
 
@@ -63,6 +67,16 @@ def post(port: int, path: str) -> None:
             raise BenchError(f"POST {path} was answered with {response.status}: {body[:300]!r}")
     finally:
         connection.close()
+
+
+def wait_graphs(port: int) -> None:
+    """Wait until all graphs are captured, for they take memory too; a CPU has none."""
+    deadline = time.monotonic() + GRAPHS_TIMEOUT_S
+    while time.monotonic() < deadline:
+        status = json.loads(client.get(port, "/status")[1])
+        if "graphs" in status["marks"] or status["device"] == "cpu":
+            return
+        time.sleep(0.2)
 
 
 def first_token(contender: Contender, turn: str) -> float:
@@ -95,10 +109,15 @@ def measure(
     limits: dict[str, float] = {}
     used_before = device_bytes_used()
     with started([server], references) as (contender,):
+        first_token(contender, "first")
+        wait_graphs(contender.process.port)
         for level in levels:
             for turn in range(rounds + 1):
-                progress(f"level {level}, " + (f"round {turn} of {rounds}" if turn else "once to warm up"))
                 result = one_round(contender, level, used_before)
+                progress(
+                    f"level {level}, round {turn} of {rounds}: first token after {result.woken:.3f} s, "
+                    f"{result.device_bytes / 1e9:.2f} GB held on the device"
+                )
                 if turn:
                     found[level].append(result)
                 else:
