@@ -68,7 +68,7 @@ def build_engine(
     with memory.derived():
         shape, decoder_for = _load(model, weights, packed, device, dtype, group)
     if group is not None:
-        group.prepare(shape.hidden_size, dtype)
+        group.prepare(shape.hidden_size, shape.vocab_size, dtype)
     max_model_len = _max_model_len(config, shape)
     budget = config.max_num_batched_tokens or _MAX_NUM_BATCHED_TOKENS[device.type]
     _check_budget(config, budget, max_model_len)

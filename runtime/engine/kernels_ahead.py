@@ -39,11 +39,14 @@ from runtime.kernels.gpu.sampling.sampler import Batch, Sampler
 from runtime.kernels.packed import PackedMatrix
 from runtime.kernels.quantization import Quantization
 from runtime.kernels.repack import empty_like_repacked
+from runtime.model.config import ModelConfig
 from runtime.model.decoder import Decoder
 from runtime.model.families import Model, read_model
 from runtime.model.layers import LayerCache, Weights
+from runtime.parallel.control import Meeting
 from runtime.parallel.group import Group
-from runtime.parallel.peers import ONE_SHOT_ROWS, TWO_SHOT_ROWS, PeerGroup
+from runtime.parallel.peers import GATHERED_ROWS, ONE_SHOT_ROWS, TWO_SHOT_ROWS, PeerGroup
+from runtime.parallel.ranks import Ranks
 from runtime.protocol import EngineConfig
 from runtime.weights import sources
 from runtime.weights.imagined import imagined_checkpoint
@@ -78,7 +81,7 @@ def compile_kernels(directory: Path, capability: int, world_size: int = 1) -> in
     import_the_rest()
     with compiling_for(capability), FakeTensorMode(), torch.inference_mode():
         plan = make_plan(model, imagined_checkpoint(model), 0, world_size)
-        group = _ImaginedGroup(world_size, model.config.hidden_size, dtype) if world_size > 1 else None
+        group = _ImaginedGroup(world_size, model.config, dtype) if world_size > 1 else None
         steps = _Steps(model, plan, dtype, _block_size(), group)
         for num_decodes, prompts in _STEPS:
             for num_splits in _SPLITS:
@@ -95,17 +98,18 @@ def _block_size() -> int:
 class _ImaginedGroup(PeerGroup):
     """Rank 0 of a group whose other ranks are not there."""
 
-    def __init__(self, world_size: int, hidden_size: int, dtype: torch.dtype) -> None:
-        Group.__init__(self, _NoBackend(), 0, world_size)
+    def __init__(self, world_size: int, config: ModelConfig, dtype: torch.dtype) -> None:
+        Group.__init__(self, _NoBackend(), Ranks(0, world_size, Meeting("", 0, "")))
         addresses = torch.empty(world_size, dtype=torch.int64, device="cuda")
         shared = dtype.itemsize == 2
-        self.few, self.many = (
-            Inboxes(addresses, _words(rows), 0, rows, hidden_size, dtype) if shared else None
-            for rows in (ONE_SHOT_ROWS, TWO_SHOT_ROWS)
+        share = -(-config.vocab_size // world_size)
+        self.few, self.many, self.rows = (
+            Inboxes(addresses, _words(_SLOTS), 0, rows, width) if shared else None
+            for rows, width in (
+                *((ONE_SHOT_ROWS, config.hidden_size), (TWO_SHOT_ROWS, config.hidden_size)),
+                (GATHERED_ROWS, share),
+            )
         )
-
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        return x.new_empty((x.shape[0], self.world_size * x.shape[1]))
 
 
 class _NoBackend:
@@ -113,6 +117,9 @@ class _NoBackend:
 
     def allreduce(self, tensors: list[torch.Tensor], options: object) -> None:
         """Tensors without data stay as they are."""
+
+    def _allgather_base(self, output: torch.Tensor, one: torch.Tensor) -> None:
+        """The same."""
 
 
 class _Steps:

@@ -241,7 +241,6 @@ def start(
 
         preparation.meet()
         group = enter(ranks, preparation.driver, _PATIENCE * config.stuck_after_s)
-        group.least(0)  # the first exchange makes connections: while weights are on their way
     if preparation.device == "cuda":
         importlib.import_module("runtime.engine.device_runner")  # with triton, while weights are on their way
         if ranks is None and preparation.seconds_left > _REHEARSAL_S:

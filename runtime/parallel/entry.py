@@ -26,12 +26,12 @@ def enter(ranks: Ranks, driver: Driver | None, timeout_s: float) -> Group:
     # Who does not know the token does not find the keys.
     keys = c10d.PrefixStore(ranks.meeting.token, store)
     device = "cpu" if driver is None else "cuda"
-    group = connect(keys, ranks.rank, ranks.world_size, device, timeout_s, interface)
+    backend = _backend(keys, ranks, device, timedelta(seconds=timeout_s), interface)
     if driver is None or not ranks.meeting.local:
-        return group
+        return Group(backend, ranks)
     from runtime.parallel.peers import PeerGroup
 
-    return PeerGroup(group.backend, ranks, driver)
+    return PeerGroup(backend, ranks, driver)
 
 
 def _store(ranks: Ranks, timeout: timedelta) -> c10d.Store:
@@ -49,17 +49,16 @@ def _store(ranks: Ranks, timeout: timedelta) -> c10d.Store:
     return store
 
 
-def connect(
-    store: c10d.Store, rank: int, world_size: int, device: str, timeout_s: float, interface: str | None = "lo"
-) -> Group:
-    """The group of all ranks that share a store. They talk over a network interface, None for any."""
-    timeout = timedelta(seconds=timeout_s)
+def _backend(
+    store: c10d.Store, ranks: Ranks, device: str, timeout: timedelta, interface: str | None
+) -> c10d.Backend:
+    """NCCL or gloo among the ranks that share a store, over a network interface, None for any."""
     if device == "cuda":
         if interface is not None:
             os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
         settings = c10d.ProcessGroupNCCL.Options()
         settings._timeout = timeout
-        return Group(c10d.ProcessGroupNCCL(store, rank, world_size, settings), rank, world_size)
+        return c10d.ProcessGroupNCCL(store, ranks.rank, ranks.world_size, settings)
     options: Any = c10d.ProcessGroupGloo.__dict__["_Options"]()
     options._timeout = timeout
     if interface is None:
@@ -67,4 +66,4 @@ def connect(
     else:
         gloo = c10d.ProcessGroupGloo.create_device(interface=interface)
     options._devices = [gloo]
-    return Group(c10d.ProcessGroupGloo(store, rank, world_size, options), rank, world_size)
+    return c10d.ProcessGroupGloo(store, ranks.rank, ranks.world_size, options)

@@ -11,6 +11,7 @@ import torch
 from torch._C import _distributed_c10d as c10d
 
 from runtime.kernels.norm import add_rms_norm
+from runtime.parallel.ranks import Ranks
 
 
 class Group:
@@ -19,18 +20,17 @@ class Group:
     `backend` is one of torch's process groups, used directly: nothing global is set up.
     """
 
-    def __init__(self, backend: Any, rank: int, world_size: int) -> None:
+    def __init__(self, backend: Any, ranks: Ranks) -> None:
         self.backend = backend
-        self.rank = rank
-        self.world_size = world_size
-        self._sum, self._least = c10d.AllreduceOptions(), c10d.AllreduceOptions()
-        self._sum.reduceOp = c10d.ReduceOp(c10d.ReduceOp.SUM)
-        self._least.reduceOp = c10d.ReduceOp(c10d.ReduceOp.MIN)
+        self.rank = ranks.rank
+        self.world_size = ranks.world_size
+        self._ranks = ranks
+        self._sum = c10d.AllreduceOptions()
         # On a GPU, in the stream that asks, so that there is nothing to wait for.
-        self._sum.asyncOp = self._least.asyncOp = False
+        self._sum.asyncOp = False
 
-    def prepare(self, hidden_size: int, dtype: torch.dtype) -> None:
-        """Get ready for sums of rows of that width; all ranks must do this together, before the first."""
+    def prepare(self, hidden_size: int, vocab_size: int, dtype: torch.dtype) -> None:
+        """Get ready for a model of this size; all ranks must do this together, before anything else."""
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """x becomes the sum of all ranks' x, which have the same shape; returns it."""
@@ -58,10 +58,7 @@ class Group:
 
     def least(self, value: int) -> int:
         """The smallest of all ranks' values."""
-        device = "cuda" if self.backend.name() == "nccl" else "cpu"
-        held = torch.tensor([value], dtype=torch.int64, device=device)
-        self._wait(self.backend.allreduce([held], self._least))
-        return int(held.item())
+        return min(self._ranks.control.exchange(value))
 
     @staticmethod
     def _wait(work: c10d.Work | None) -> None:

@@ -1,14 +1,15 @@
 """A group of GPUs that write into each other's memory.
 
-Sums of few rows, which decode steps consist of, and of many, are kernels of our own (`kernels/gpu/
-all_reduce.py`); what is left goes through NCCL. Memory is shared by the driver's handles for other processes
-of the same host (CUDA Driver API, "CUDA IPC"), which travel over the control lines.
+Sums, and the logits of few rows, are kernels of our own (`kernels/gpu/all_reduce.py`); what is left goes
+through NCCL, which makes no connections before it is needed. Memory is shared by the driver's handles for
+other processes of the same host (CUDA Driver API, "CUDA IPC"), which travel over the control lines.
 """
 
 from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,9 @@ from runtime.kernels.adopted import adopted
 from runtime.kernels.gpu.all_reduce import (
     Inboxes,
     fill_with_marks,
+    gather,
+    gather_blocks,
+    gather_elements,
     one_shot,
     one_shot_elements,
     two_shot,
@@ -30,6 +34,8 @@ from runtime.parallel.ranks import Ranks
 ONE_SHOT_ROWS = 32
 # Longer sums are cut into pieces of so many rows, which is what the inboxes are made for.
 TWO_SHOT_ROWS = 2048
+# Of so many rows the logits are gathered in the same way.
+GATHERED_ROWS = 16
 _LAZY_PEER_ACCESS = 1
 
 
@@ -50,40 +56,46 @@ class PeerGroup(Group):
     """A `Group` on GPUs of one host."""
 
     def __init__(self, backend: Any, ranks: Ranks, driver: Driver) -> None:
-        super().__init__(backend, ranks.rank, ranks.world_size)
-        self._ranks = ranks
+        super().__init__(backend, ranks)
         self._driver = driver
         self.few: Inboxes | None = None
         self.many: Inboxes | None = None
+        self.rows: Inboxes | None = None
 
-    def prepare(self, hidden_size: int, dtype: torch.dtype) -> None:
+    def prepare(self, hidden_size: int, vocab_size: int, dtype: torch.dtype) -> None:
         """See `Group.prepare`. Where GPUs cannot reach each other's memory, all is left to NCCL."""
         if dtype.itemsize != 2:
             return
-        few, many = ONE_SHOT_ROWS, TWO_SHOT_ROWS // self.world_size * self.world_size
-        sizes = [
-            one_shot_elements(self.world_size, few, hidden_size),
-            two_shot_elements(many, hidden_size),
-        ]
-        addresses = self._share(2 * sum(sizes), dtype)
+        world_size, share = self.world_size, -(-vocab_size // self.world_size)
+        many = TWO_SHOT_ROWS // world_size * world_size
+        sizes = (
+            2 * one_shot_elements(world_size, ONE_SHOT_ROWS, hidden_size),
+            2 * two_shot_elements(many, hidden_size),
+            4 * gather_elements(world_size, GATHERED_ROWS, share),
+        )
+        addresses = self._share(sizes)
         if addresses is None:
             return
-        self.few, self.many = (
-            Inboxes(
-                torch.tensor([address + offset for address in addresses], dtype=torch.int64, device="cuda"),
-                torch.zeros(rows, dtype=torch.int32, device="cuda"),
-                self.rank,
-                rows,
-                hidden_size,
-                dtype,
-            )
-            for rows, offset in ((few, 0), (many, 2 * sizes[0]))
-        )
+        self.few = self._inboxes(addresses[0], ONE_SHOT_ROWS, ONE_SHOT_ROWS, hidden_size)
+        self.many = self._inboxes(addresses[1], many, many, hidden_size)
+        blocks = gather_blocks(GATHERED_ROWS, share)
+        self.rows = self._inboxes(addresses[2], GATHERED_ROWS, blocks, share)
 
-    def _share(self, num_bytes: int, dtype: torch.dtype) -> list[int] | None:
-        """Memory of this size on each rank, full of marks: where it lies, by rank; None if it cannot be."""
-        own = self._driver.allocate(num_bytes)
-        fill_with_marks(adopted(own, num_bytes).view(dtype))
+    def _inboxes(self, addresses: list[int], max_rows: int, num_turns: int, width: int) -> Inboxes:
+        at = torch.tensor(addresses, dtype=torch.int64, device="cuda")
+        turns = torch.zeros(num_turns, dtype=torch.int32, device="cuda")
+        return Inboxes(at, turns, self.rank, max_rows, width)
+
+    def _share(self, sizes: Sequence[int]) -> list[list[int]] | None:
+        """Memory of these sizes in bytes, full of marks: where each lies on every rank; None if it cannot be.
+
+        All but the last hold 16-bit numbers.
+        """
+        starts = [sum(sizes[:place]) for place in range(len(sizes))]
+        own = self._driver.allocate(sum(sizes))
+        memory = adopted(own, sum(sizes))
+        fill_with_marks(memory[: starts[-1]].view(torch.float16))
+        fill_with_marks(memory[starts[-1] :].view(torch.float32))
         torch.cuda.synchronize()
         handle, problem, addresses = _Handle(), "", [0] * self.world_size
         try:
@@ -100,7 +112,7 @@ class PeerGroup(Group):
         problems = [one for one in self._ranks.control.exchange(problem) if one]
         if problems and self.rank == 0:
             print(f"firstlight: no memory is shared, sums go through NCCL: {problems[0]}", file=sys.stderr)
-        return None if problems else addresses
+        return None if problems else [[address + start for address in addresses] for start in starts]
 
     def _open(self, handle: bytes) -> int:
         """The address, for this process, of another's memory."""
@@ -116,7 +128,7 @@ class PeerGroup(Group):
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """See `Group.all_reduce`."""
         rows = x.shape[0]
-        if self.few is None or self.many is None or x.shape[-1] != self.few.hidden_size:
+        if self.few is None or self.many is None or x.shape[-1] != self.few.width:
             return super().all_reduce(x)
         if rows <= ONE_SHOT_ROWS:
             return one_shot(x, self.few, x) if rows else x
@@ -140,6 +152,13 @@ class PeerGroup(Group):
             part = slice(start, start + step)
             two_shot(x[part], self.many, out[part], (residual[part], weight, eps))
         return out
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        """See `Group.all_gather`."""
+        rows, width = x.shape
+        if self.rows is None or not 0 < rows <= GATHERED_ROWS or width != self.rows.width:
+            return super().all_gather(x)
+        return gather(x.contiguous(), self.rows, x.new_empty((rows, width * self.world_size)))
 
     def whole(self, residual: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """See `Group.whole`."""

@@ -94,6 +94,33 @@ def test_a_rank_that_is_killed_while_it_serves(tmp_path: Path) -> None:
     run(test())
 
 
+@pytest.mark.parametrize("world_size", SIZES)
+def test_ranks_draw_the_same_tokens(world_size: int, tmp_path: Path) -> None:
+    """Whatever a request asks for, no rank draws another token than rank 0: that would end the engine."""
+    save_random_llama(tmp_path, torch.bfloat16, **SHAPE)
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 1.0},
+        {"temperature": 0.8, "top_p": 0.9, "seed": 5},
+        {"temperature": 1.5, "top_k": 7, "min_p": 0.02, "logprobs": 3},
+        {"temperature": 0.7, "repetition_penalty": 1.3, "presence_penalty": 0.5, "logit_bias": {7: 3.0}},
+        {"temperature": 0.0, "prompt_logprobs": 2, "logprobs": 0},
+    ]
+
+    async def test() -> None:
+        async with running(config(tmp_path, device="cuda", world_size=world_size)) as client:
+            streams = []
+            for number in range(50):
+                sampling = SamplingParams(max_tokens=30 + number % 7, **kinds[number % len(kinds)])
+                prompt = PROMPTS[number % len(PROMPTS)]
+                request = Submit(request_id=f"r{number}", prompt_token_ids=prompt, sampling=sampling)
+                streams.append(client.submit(request))
+            found = await asyncio.gather(*map(tokens_of, streams))
+            assert [len(tokens) for tokens in found] == [30 + number % 7 for number in range(50)]
+            assert client.restarts == 0
+
+    run(test())
+
+
 def test_more_ranks_than_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_random_llama(tmp_path, torch.bfloat16, **SHAPE)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")

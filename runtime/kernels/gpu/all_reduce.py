@@ -1,4 +1,4 @@
-"""Sums over the GPUs of a group, by writing into each other's memory, fused with what follows them.
+"""Sums and rows of all GPUs of a group, by writing into each other's memory; sums fused with what follows.
 
 Every rank has an inbox that the others write to over NVLink. What is written there is its own signal: an
 inbox is filled with a mark, negative zero, which is never sent, and whoever waits for a row reads it until no
@@ -22,27 +22,27 @@ import torch
 import triton
 import triton.language as tl
 
-from runtime.kernels.gpu.launch import kernel, next_power_of_2
+from runtime.kernels.gpu.launch import cdiv, kernel, next_power_of_2
 
 SLOTS = 3
-_MARK = -(1 << 15)
+_GATHER_BLOCK = 1024
 _SLOTS = tl.constexpr(SLOTS)
 
 
 @dataclass(frozen=True, slots=True)
 class Inboxes:
-    """All ranks' inboxes for sums of up to `max_rows` rows of `hidden_size` elements of `dtype` (16 bits).
+    """All ranks' inboxes for up to `max_rows` rows of `width` elements.
 
-    `addresses` [world_size] int64 are where they begin, in this rank's address space, and `turns` [max_rows]
-    int32 is where this rank's rows are in taking turns. All inboxes are filled with marks to begin with.
+    `addresses` [world_size] int64 are where they begin, in this rank's address space, and `turns` is where
+    this rank's rows are in taking turns, int32, zeros to begin with: one for each row or, for `gather`, for
+    each of its blocks. The inboxes are filled with marks to begin with.
     """
 
     addresses: torch.Tensor
     turns: torch.Tensor
     rank: int
     max_rows: int
-    hidden_size: int
-    dtype: torch.dtype
+    width: int
 
     @property
     def world_size(self) -> int:
@@ -60,10 +60,21 @@ def two_shot_elements(max_rows: int, hidden_size: int) -> int:
     return SLOTS * 2 * max_rows * hidden_size
 
 
+def gather_elements(world_size: int, max_rows: int, width: int) -> int:
+    """The size of an inbox for `gather`: each rank's rows in each slot."""
+    return SLOTS * world_size * max_rows * width
+
+
+def gather_blocks(max_rows: int, width: int) -> int:
+    """How many turns `gather` counts."""
+    return max_rows * cdiv(width, _GATHER_BLOCK)
+
+
 def fill_with_marks(inbox: torch.Tensor) -> None:
     """Make an inbox ready, before anybody writes to it."""
     # As integers: on a GPU, filling with either zero may come to clearing the memory.
-    inbox.view(torch.int16).fill_(_MARK)
+    kind = torch.int16 if inbox.element_size() == 2 else torch.int32
+    inbox.view(kind).fill_(torch.iinfo(kind).min)
 
 
 def one_shot(
@@ -136,6 +147,29 @@ def two_shot(
     return out
 
 
+def gather(x: torch.Tensor, inboxes: Inboxes, out: torch.Tensor) -> torch.Tensor:
+    """All ranks' x, side by side.
+
+    x    [m, width] float32, m <= max_rows
+    out  [m, world_size * width] float32, which is returned
+    """
+    m, width = x.shape
+    _gather_kernel[(m, cdiv(width, _GATHER_BLOCK))](
+        x,
+        out,
+        inboxes.addresses,
+        inboxes.turns,
+        width,
+        inboxes.rank,
+        inboxes.max_rows,
+        WORLD_SIZE=inboxes.world_size,
+        PADDED_SIZE=next_power_of_2(inboxes.world_size),
+        BLOCK=_GATHER_BLOCK,
+        num_warps=4,
+    )
+    return out
+
+
 def _warps(block: int) -> int:
     """So many that each thread has one load of 16 bytes."""
     return min(32, max(4, block // 256))
@@ -161,8 +195,20 @@ def _sendable(x):
 
 
 @triton.jit
+def _marks(shape: tl.constexpr, dtype: tl.constexpr):
+    # A constant of either zero may become the positive one.
+    return tl.full(shape, -32768, tl.int16).to(dtype, bitcast=True)
+
+
+@triton.jit
 def _missing(values):
     marks = (values.to(tl.int16, bitcast=True) == -32768).to(tl.int32)
+    return tl.max(tl.max(marks, 0), 0)
+
+
+@triton.jit
+def _missing_wide(values):
+    marks = (values.to(tl.int32, bitcast=True) == -2147483648).to(tl.int32)
     return tl.max(tl.max(marks, 0), 0)
 
 
@@ -227,7 +273,7 @@ def _one_shot_kernel(
         total = _normed(total, residual, weight, residual_ptr + here, mask, eps, HIDDEN_SIZE)
     tl.store(out_ptr + here, total, mask)
     old = (turn + _SLOTS - 1) % _SLOTS
-    tl.store(sent + old * WORLD_SIZE * part, tl.full((PADDED_SIZE, BLOCK), -0.0, dtype), all_mask)
+    tl.store(sent + old * WORLD_SIZE * part, _marks((PADDED_SIZE, BLOCK), dtype), all_mask)
     tl.store(turns_ptr + row, (turn + 1) % _SLOTS)
 
 
@@ -277,15 +323,59 @@ def _two_shot_kernel(
         to_send = tl.broadcast_to(y[None, :], (PADDED_SIZE, BLOCK))
         tl.store(inboxes + ((turn * 2 + 1) * results + here)[None, :], to_send, others_mask)
         tl.store(out_ptr + here, y, mask)
-        tl.store(sent + old * 2 * results, tl.full((PADDED_SIZE, BLOCK), -0.0, dtype), others_mask)
+        tl.store(sent + old * 2 * results, _marks((PADDED_SIZE, BLOCK), dtype), others_mask)
     else:
         target = _inbox(addresses_ptr, owner, dtype) + turn * 2 * results
         tl.store(target + rank * part + own, _sendable(x), mask)
         result = inbox + results + here
         normed = _sum_of_sent((result + turn * 2 * results)[None, :], mask[None, :])
-        tl.store(result + old * 2 * results, tl.full((BLOCK,), -0.0, dtype), mask)
+        tl.store(result + old * 2 * results, _marks((BLOCK,), dtype), mask)
         tl.store(out_ptr + here, normed, mask)
     tl.store(turns_ptr + row, (turn + 1) % _SLOTS)
+
+
+@kernel
+@triton.jit(do_not_specialize=["rank", "max_rows"])
+def _gather_kernel(
+    x_ptr,
+    out_ptr,
+    addresses_ptr,
+    turns_ptr,
+    width,
+    rank,
+    max_rows,
+    WORLD_SIZE: tl.constexpr,
+    PADDED_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < width
+    peer = tl.arange(0, PADDED_SIZE)[:, None]
+    all_mask = (peer < WORLD_SIZE) & mask[None, :]
+    block = row * tl.num_programs(1) + tl.program_id(1)
+    turn = tl.load(turns_ptr + block)
+    inboxes = _all_inboxes(addresses_ptr, peer, WORLD_SIZE, tl.float32)
+    inbox = _inbox(addresses_ptr, rank, tl.float32)
+    x = _sendable(tl.load(x_ptr + row * width + column, mask, other=0.0))
+    # A slot holds all rows, of each those of all ranks.
+    slot = max_rows.to(tl.int64) * WORLD_SIZE * width
+    here = (row * WORLD_SIZE + peer) * width + column[None, :]
+    to_send = tl.broadcast_to(x[None, :], (PADDED_SIZE, BLOCK))
+    own = (row * WORLD_SIZE + rank) * width + column
+    tl.store(inboxes + (turn * slot + own)[None, :], to_send, all_mask)
+    sent = inbox + turn * slot + here
+    values = tl.load(sent, all_mask, other=0.0, volatile=True)
+    while _missing_wide(values) != 0:
+        values = tl.load(sent, all_mask, other=0.0, volatile=True)
+    tl.store(out_ptr + here, values, all_mask)
+    old = (turn + _SLOTS - 1) % _SLOTS
+    tl.store(
+        inbox + old * slot + here,
+        tl.full((PADDED_SIZE, BLOCK), -2147483648, tl.int32).to(tl.float32, bitcast=True),
+        all_mask,
+    )
+    tl.store(turns_ptr + block, (turn + 1) % _SLOTS)
 
 
 def all_reduce_torch(

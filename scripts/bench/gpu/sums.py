@@ -36,7 +36,7 @@ class Sums:
         group = enter(self.ranks, driver, 60.0)
         assert isinstance(group, peers.PeerGroup)
         peers.ONE_SHOT_ROWS = ONE_SHOT_ROWS
-        group.prepare(hidden_size, torch.bfloat16)
+        group.prepare(hidden_size, 1024, torch.bfloat16)
         self.group = group
         self.hidden_size = hidden_size
         self.weight = torch.rand(hidden_size, generator=torch.Generator().manual_seed(0)).cuda() + 0.5

@@ -14,6 +14,9 @@ from runtime.kernels.gpu.all_reduce import (
     Inboxes,
     all_reduce_torch,
     fill_with_marks,
+    gather,
+    gather_blocks,
+    gather_elements,
     one_shot,
     one_shot_elements,
     two_shot,
@@ -74,7 +77,7 @@ def test_every_rank_has_the_sum_of_all(
     def work(rank: int) -> None:
         addresses = torch.tensor([box.data_ptr() for box in boxes])
         turns = torch.zeros(8, dtype=torch.int32)
-        inboxes = Inboxes(addresses, turns, rank, 8, HIDDEN, DTYPE)
+        inboxes = Inboxes(addresses, turns, rank, 8, HIDDEN)
         for call, rows in enumerate(CALLS):
             norm = (residuals[rank, :rows], weight, EPS) if normed else None
             way(parts(call, world_size)[rank], inboxes, outs[rank, call, :rows], norm)
@@ -91,3 +94,27 @@ def test_every_rank_has_the_sum_of_all(
             holders = [row % world_size] if way is two_shot else range(world_size)
             for rank in holders:
                 torch.testing.assert_close(residuals[rank, row], expected_residual[row], atol=4e-3, rtol=4e-3)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_every_rank_has_the_rows_of_all(world_size: int) -> None:
+    width = 1500
+    boxes = torch.empty((world_size, gather_elements(world_size, 8, width))).share_memory_()
+    fill_with_marks(boxes)
+    made = torch.randn((len(CALLS), world_size, 8, width))
+    made[..., ::7] = -0.0
+    made = made.share_memory_()
+    outs = torch.zeros((world_size, len(CALLS), 8, world_size * width)).share_memory_()
+
+    def work(rank: int) -> None:
+        addresses = torch.tensor([box.data_ptr() for box in boxes])
+        turns = torch.zeros(gather_blocks(8, width), dtype=torch.int32)
+        inboxes = Inboxes(addresses, turns, rank, 8, width)
+        for call, rows in enumerate(CALLS):
+            gather(made[call, rank, :rows], inboxes, outs[rank, call, :rows])
+
+    in_processes(world_size, work)
+    for call, rows in enumerate(CALLS):
+        expected = torch.cat(list(made[call, :, :rows]), dim=1)
+        for rank in range(world_size):
+            assert torch.equal(outs[rank, call, :rows], expected)
