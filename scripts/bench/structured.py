@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from dataclasses import dataclass, replace
 from typing import Any
 
 from harness import BenchError, answers, checkpoint, client, limits_cpu, load, machine, servers
@@ -28,7 +29,7 @@ from harness.workload import random_ids
 CONCURRENCY, QUICK_CONCURRENCY = 64, 4
 TOKENS, QUICK_TOKENS = 256, 32
 PROMPT_TOKENS = 128
-ROUNDS_OF_REQUESTS = 3
+ANSWERS_OF_A_CLIENT = 3
 REFERENCE_TOKENS = 32
 MOST_PROCESSES = 8
 OBJECTIVE = Objective(2.0, 0.05)
@@ -69,33 +70,50 @@ def send(contender: Contender, bodies: list[dict[str, Any]], concurrency: int) -
     return outcomes
 
 
-def measure(contender: Contender, prompts: list[list[int]], concurrency: int, tokens: int) -> Found:
+@dataclass(frozen=True)
+class Work:
+    """So many answers of so many tokens, to prompts that no other answers are to: none is in the cache."""
+
+    concurrency: int
+    count: int
+    tokens: int
+    vocab_size: int
+
+    def prompts(self, name: str) -> list[list[int]]:
+        draw = random.Random(name)
+        return [random_ids(draw, PROMPT_TOKENS, self.vocab_size) for _ in range(self.count)]
+
+
+def measure(contender: Contender, work: Work, name: str) -> Found:
     """One round of each kind."""
 
-    def bodies(held: range | None) -> list[dict[str, Any]]:
-        return [
-            body(prompt, tokens, place, ENDLESS if held is not None and place in held else None)
-            for place, prompt in enumerate(prompts)
+    def answers_to(kind: str, held: range) -> list[Outcome]:
+        bodies = [
+            body(prompt, work.tokens, place, ENDLESS if place in held else None)
+            for place, prompt in enumerate(work.prompts(f"{name} {kind}"))
         ]
+        return send(contender, bodies, work.concurrency)
 
     def seen(outcomes: list[Outcome]) -> Experience:
-        return experience(outcomes, [tokens] * len(outcomes), OBJECTIVE)
+        return experience(outcomes, [work.tokens] * len(outcomes), OBJECTIVE)
 
-    free = send(contender, bodies(None), concurrency)
-    held = send(contender, bodies(range(len(prompts))), concurrency)
-    mixed = send(contender, bodies(range(1, len(prompts), 2)), concurrency)
+    free, held = answers_to("free", range(0)), answers_to("held", range(work.count))
+    mixed = answers_to("mixed", range(1, work.count, 2))
     groups = (free, held, mixed[::2], mixed[1::2])
     return {kind: [seen(outcomes)] for kind, outcomes in zip(KINDS, groups, strict=True)}
 
 
-def check_form(contender: Contender, prompts: list[list[int]], concurrency: int) -> int:
+def check_form(contender: Contender, work: Work) -> int:
     """Answers to a schema that has an end, at a temperature that knows none: how many had room for it.
 
     Raises BenchError if one that says that it has ended is no such thing.
     """
-    bodies = [body(prompt, 1000, place, PERSON) | {"temperature": 2} for place, prompt in enumerate(prompts)]
+    bodies = [
+        body(prompt, 1000, place, PERSON) | {"temperature": 2}
+        for place, prompt in enumerate(work.prompts("form"))
+    ]
     ended = 0
-    for outcome in send(contender, bodies, concurrency):
+    for outcome in send(contender, bodies, work.concurrency):
         answer = outcome.answer
         if answer.error is not None:
             raise BenchError(f"{contender.name}: {answer.error}")
@@ -164,26 +182,26 @@ def main() -> None:
     server = servers.firstlight(folder, machine.device(options.device), options.serve_args.split())
     report = Report("structured outputs through HTTP", options)
     report.add_servers([server])
-    draw, vocab_size = random.Random(0), checkpoint.config_of(folder)["vocab_size"]
-    prompts = [random_ids(draw, PROMPT_TOKENS, vocab_size) for _ in range(concurrency * ROUNDS_OF_REQUESTS)]
+    vocab_size = checkpoint.config_of(folder)["vocab_size"]
+    work = Work(concurrency, concurrency * ANSWERS_OF_A_CLIENT, tokens, vocab_size)
     found: Found = {kind: [] for kind in KINDS}
     with started([server], references) as (contender,):
         contender.ask_reference(references.explain, REFERENCE_TOKENS)
         progress("the first round, not counted")
-        measure(contender, prompts[:concurrency], concurrency, tokens)
+        measure(contender, replace(work, count=concurrency), "warm-up")
         for turn in range(options.rounds):
             progress(f"round {turn + 1} of {options.rounds}")
-            for kind, rounds in measure(contender, prompts, concurrency, tokens).items():
+            for kind, rounds in measure(contender, work, f"round {turn}").items():
                 found[kind] += rounds
         progress("to the end, at temperature 2")
-        ended = check_form(contender, prompts, concurrency)
+        ended = check_form(contender, work)
         contender.ask_reference(references.explain, REFERENCE_TOKENS)
     report.add_table(
         f"{server.name}: {concurrency} clients, {tokens} tokens an answer; times in ms",
         HEADERS,
         [row(kind, rounds, found["free"]) for kind, rounds in found.items()],
     )
-    report.add_note(f"{ended} of {len(prompts)} answers at temperature 2 came to an end, and all of them fit")
+    report.add_note(f"{ended} of {work.count} answers at temperature 2 came to an end, and all of them fit")
     report.data |= {kind: [one.as_json() for one in rounds] for kind, rounds in found.items()}
     report.data["ended"] = ended
     report.finish()
