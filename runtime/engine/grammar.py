@@ -35,33 +35,35 @@ class Compiled:
     other. What is shared only grows, so that a compilation that has served long is replaced.
     """
 
-    def __init__(self, first: LLMatcher) -> None:
-        self._lanes = [first]
+    def __init__(self, first: LLMatcher, first_lane: int, num_lanes: int) -> None:
+        self._compilations = [first]
         self._num_copies = [0]
         self._num_due = 0
+        self._first_lane = first_lane
+        self._num_lanes = num_lanes
 
     def copy(self) -> tuple[LLMatcher, int]:
         """A matcher at the beginning, and its lane: the one with the fewest so far."""
-        lane = self._num_copies.index(min(self._num_copies))
-        self._num_copies[lane] += 1
-        return self._lanes[lane].deep_copy(), lane
+        place = self._num_copies.index(min(self._num_copies))
+        self._num_copies[place] += 1
+        return self._compilations[place].deep_copy(), (self._first_lane + place) % self._num_lanes
 
-    def wants_another(self, num_lanes: int) -> bool:
+    def wants_another(self) -> bool:
         """Whether it is time for another compilation; says so once."""
         rounds = sum(self._num_copies) // _COPIES
-        due = min(rounds, num_lanes - 1) + rounds // num_lanes // _COPIES
+        due = min(rounds, self._num_lanes - 1) + rounds // self._num_lanes // _COPIES
         if due <= self._num_due:
             return False
         self._num_due += 1
         return True
 
-    def add(self, another: LLMatcher, num_lanes: int) -> None:
+    def add(self, another: LLMatcher) -> None:
         """Take in another compilation."""
-        if len(self._lanes) < num_lanes:
-            self._lanes.append(another)
+        if len(self._compilations) < self._num_lanes:
+            self._compilations.append(another)
             self._num_copies.append(0)
         else:
-            self._lanes[self._num_due % num_lanes] = another
+            self._compilations[self._num_due % self._num_lanes] = another
 
 
 class Grammars:
@@ -75,6 +77,7 @@ class Grammars:
         self._reading = threading.Lock()
         self._compiled: OrderedDict[str, Compiled | str] = OrderedDict()
         self._num_lanes = min(_MAX_LANES, len(os.sched_getaffinity(0)))
+        self._num_found = 0
         self._keeping = threading.Lock()
         self._mine = threading.local()  # each thread tries grammars in a process of its own
 
@@ -88,11 +91,11 @@ class Grammars:
         if isinstance(found, str):
             return
         with self._keeping:
-            more = found.wants_another(self._num_lanes)
+            more = found.wants_another()
         another = self._compile(grammar.source, tried=True) if more else None
         if another is not None and not isinstance(another, str):
             with self._keeping:
-                found.add(another, self._num_lanes)
+                found.add(another)
 
     def matcher(self, grammar: Grammar) -> tuple[LLMatcher, int]:
         """A matcher of one sequence's own, at the beginning, and its lane; see `Compiled`.
@@ -113,8 +116,11 @@ class Grammars:
                 self._compiled.move_to_end(grammar.source)
                 return known
         first = self._compile(grammar.source, tried=False)
-        found = first if isinstance(first, str) else Compiled(first)
         with self._keeping:
+            # Different grammars begin in different lanes.
+            self._num_found += 1
+            lane = self._num_found % self._num_lanes
+            found = first if isinstance(first, str) else Compiled(first, lane, self._num_lanes)
             found = self._compiled.setdefault(grammar.source, found)
             while len(self._compiled) > _MAX_KEPT:
                 self._compiled.popitem(last=False)
