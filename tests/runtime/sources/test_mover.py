@@ -95,7 +95,7 @@ def get(server: ThreadingHTTPServer, path: str, pool: urllib3.PoolManager | None
         f"http://127.0.0.1:{server.server_port}{path}",
         preload_content=False,
         decode_content=False,
-        timeout=5,
+        timeout=1,
     )
     try:
         yield Body(response, 0.2)
