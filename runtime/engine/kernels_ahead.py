@@ -36,9 +36,6 @@ from runtime.kernels.gpu.sampling.logprobs import token_logprobs
 from runtime.kernels.gpu.sampling.mask import RowMasks
 from runtime.kernels.gpu.sampling.parameters import SamplingTables, Stages
 from runtime.kernels.gpu.sampling.sampler import Batch, Sampler
-from runtime.kernels.packed import PackedMatrix
-from runtime.kernels.quantization import Quantization
-from runtime.kernels.repack import empty_like_repacked
 from runtime.model.config import ModelConfig
 from runtime.model.decoder import Decoder
 from runtime.model.families import Model, read_model
@@ -55,7 +52,7 @@ from runtime.weights.sources.cache import default_cache_dir
 
 # Steps between whose kernels there is any difference, as (decoding sequences, lengths of new prompts).
 _STEPS: Sequence[tuple[int, tuple[int, ...]]] = (
-    (1, ()), (2, ()), (16, ()), (17, ()), (100, ()), (256, ()),
+    (1, ()), (2, ()), (16, ()), (17, ()), (256, ()),
     (0, (1,)), (0, (64,)), (0, (2048,)), (3, (40, 500)),
 )  # fmt: skip
 _SPLITS = (1, 2)
@@ -76,6 +73,8 @@ def compile_kernels(directory: Path, capability: int, world_size: int = 1) -> in
     model = read_model(directory)
     if not isinstance(model, Model):
         raise NotAhead(f"{model.architecture} runs through transformers, with the kernels of torch.")
+    if model.config.quantization is not None:
+        raise NotAhead("The kernels for quantised weights cannot be compiled ahead: a first start does that.")
     dtype = _DTYPES.get(model.torch_dtype, torch.bfloat16)
     before = cache.num_compiled()
     import_the_rest()
@@ -128,8 +127,7 @@ class _Steps:
     def __init__(
         self, model: Model, plan: Plan, dtype: torch.dtype, block_size: int, group: PeerGroup | None
     ) -> None:
-        tensors = {each.name: tuple(_views(each, dtype)) for each in plan.parameters}
-        weights = Weights(tensors, dict(_packed(plan, model.config.quantization)))
+        weights = Weights({each.name: tuple(_views(each, dtype)) for each in plan.parameters})
         self._block_size = block_size
         self._decoder = Decoder(model.config, weights, _MAX_LEN, dtype, group)
         self._config = config = self._decoder.config
@@ -194,26 +192,6 @@ def _views(parameter: PlannedParameter, dtype: torch.dtype) -> Iterator[torch.Te
     for pieces in [parameter.pieces] if parameter.stacked else [(piece,) for piece in parameter.pieces]:
         rows = sum(piece.shape[0] for piece in pieces)
         yield torch.empty((rows, *pieces[0].shape[1:]), dtype=dtype, device="cuda")
-
-
-def _packed(plan: Plan, quantization: Quantization | None) -> Iterator[tuple[str, PackedMatrix]]:
-    """The projections that stay quantised, by name."""
-    for parameter in plan.parameters:
-        name = parameter.name.removesuffix(".qweight")
-        if quantization is None or name == parameter.name:
-            continue
-        shapes = [piece.shape for piece in parameter.pieces]
-        # As stored: outputs by inputs in e4m3, else inputs by outputs, one of the two packed into words.
-        if quantization.method == "fp8":
-            outputs, inputs = sum(rows for rows, _ in shapes), shapes[0][1]
-        else:
-            outputs, inputs = sum(columns for _, columns in shapes), shapes[0][0]
-        per_word = 32 // quantization.bits
-        outputs *= per_word if quantization.method == "awq" else 1
-        inputs *= per_word if quantization.method == "gptq" else 1
-        matrix = empty_like_repacked(outputs, inputs, quantization, "cuda")
-        if matrix is not None:
-            yield name, matrix
 
 
 @contextmanager

@@ -72,15 +72,10 @@ def _narrow_linear(x: torch.Tensor, matrix: PackedMatrix, bias: torch.Tensor | N
 @functools.cache
 def _multiplies_e4m3(device: torch.device) -> bool:
     """Whether the device's tensor cores take e4m3: from Ada Lovelace and Hopper on."""
-    return _is_absent() or torch.cuda.get_device_capability(device) >= (8, 9)
+    return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 @functools.cache
 def _num_sms(device: torch.device) -> int:
     """Multiprocessors of the device."""
-    return 132 if _is_absent() else torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _is_absent() -> bool:
-    """Whether kernels are compiled ahead for a GPU that is not there: it is taken for an H100."""
-    return not torch.cuda.is_available()
+    return torch.cuda.get_device_properties(device).multi_processor_count

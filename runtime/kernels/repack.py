@@ -47,26 +47,6 @@ def repack(weights: Tensors, base: str, quantization: Quantization) -> PackedMat
     )
 
 
-def empty_like_repacked(
-    outputs: int, inputs: int, quantization: Quantization, device: torch.device | str
-) -> PackedMatrix | None:
-    """What `repack` makes of symmetric weights [outputs, inputs], without data in it."""
-    group_size = inputs if quantization.group_size == -1 else quantization.group_size
-    groups = -(-inputs // group_size)
-    if quantization.method == "fp8":
-        values = torch.empty((outputs, inputs), dtype=torch.float8_e4m3fn, device=device)
-        scales = torch.empty((outputs, groups), device=device)
-        narrow = quantization.narrow_rows and groups == 1
-        return PackedMatrix(values, scales, None, inputs, group_size, narrow_rows=narrow)
-    field = field_of(group_size, inputs)
-    if field is None:
-        return None
-    integers = torch.empty((outputs, inputs), dtype=torch.uint8, device=device)
-    values = pack_words(integers, quantization.bits, field)
-    scales = torch.empty((outputs, groups), dtype=torch.float16, device=device)
-    return PackedMatrix(values, scales, None, inputs, group_size, quantization.bits, field)
-
-
 def _of_bytes(
     qweights: Sequence[torch.Tensor], scales: Sequence[torch.Tensor], quantization: Quantization
 ) -> PackedMatrix:

@@ -29,8 +29,6 @@ from runtime.kernels.gpu.sampling.mask import RowMasks
 from runtime.kernels.gpu.sampling.parameters import SamplingTables, Stages
 from runtime.kernels.gpu.sampling.sampler import Batch, Sampler
 from tests.runtime.engine.test_against_transformers import save_random_llama
-from tests.runtime.model.references.packing import quantise
-from tests.runtime.model.test_quantization import FORMATS
 
 pytestmark = pytest.mark.gpu
 SIZES = [1, 2, 3, 5, 15, 16, 17, 100, 128]
@@ -140,18 +138,13 @@ print("served:", cache.num_compiled(), *cache.compiled())
 """
 
 
-@pytest.mark.parametrize("quantised", [None, "GPTQ Int8", "GPTQ Int4", "FP8"])
-def test_with_kernels_compiled_ahead_an_engine_compiles_nothing(
-    quantised: str | None, tmp_path: Path
-) -> None:
+def test_with_kernels_compiled_ahead_an_engine_compiles_nothing(tmp_path: Path) -> None:
     shape = {
         "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 512,
         "vocab_size": 512, "max_position_embeddings": 2048,
     }  # fmt: skip
     model = tmp_path / "model"
     save_random_llama(model, torch.bfloat16, **shape)
-    if quantised is not None:
-        quantise(model, FORMATS[quantised])
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "kernels")}
     major, minor = torch.cuda.get_device_capability()
 
