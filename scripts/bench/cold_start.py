@@ -97,6 +97,7 @@ def measure(
         for server in chosen[shift:] + chosen[:shift]:
             prepare(state, server.weight_files, remote)
             start = clock(server, reference, ANSWER_TOKENS, options.timeout)
+            progress(f"{state}: {server.name}: {told(start.first_token, start.marks, found)}")
             if turn >= 0:
                 starts[server.name].append(start)
             time.sleep(PAUSE_SECONDS)
@@ -104,6 +105,17 @@ def measure(
             for name, seconds in found.items():
                 limits.setdefault(name, []).append(seconds)
     return starts, limits
+
+
+def told(first_token: float, marks: dict[str, float], limits: dict[str, float]) -> str:
+    """One start beside its limits, for who waits for the report."""
+    times = {"first token": first_token, **limits}
+    within = sorted(marks.items(), key=lambda item: item[1])
+    return "; ".join(
+        ", ".join(f"{name} {number(seconds)}" for name, seconds in row)
+        for row in (times.items(), within)
+        if row
+    )
 
 
 def measure_remote(report: Report, options: argparse.Namespace, folder: Path) -> None:
