@@ -15,7 +15,7 @@ import pytest
 from handler.cli import COMMANDS, main
 from handler.commands import serve
 from handler.commands.models import fits_gpus, fits_memory
-from handler.flags import SERVE_FLAGS, with_model
+from handler.flags import SERVE_FLAGS, UsageError, with_model
 from handler.listen import ListenError, listen, url_of
 from handler.settings import ServerSettings, read_others, read_settings
 from runtime.catalogue import load_catalogue
@@ -65,6 +65,13 @@ class TestOrder:
     def test_the_catalogues_own_values(self, catalogue: str) -> None:
         engine = settle(f"large --catalogue {catalogue}").engine
         assert (engine.world_size, engine.dtype, engine.model.source) == (4, "bfloat16", "hf://org/large")
+
+    @pytest.mark.parametrize(("line", "environ"), [("--no-cache", {}), ("", {"FIRSTLIGHT_CACHE": "false"})])
+    def test_a_cache_in_memory(self, catalogue: str, line: str, environ: dict[str, str]) -> None:
+        cache_dir = settle(f"small --catalogue {catalogue} {line}", environ).engine.cache_dir
+        assert cache_dir.startswith("/dev/shm/firstlight-")
+        with pytest.raises(UsageError, match="--download-dir has no meaning"):
+            settle(f"small --catalogue {catalogue} {line} --download-dir /models", environ)
 
     def test_the_model_from_the_environment(self, catalogue: str) -> None:
         environ = {"FIRSTLIGHT_CATALOGUE": catalogue}
