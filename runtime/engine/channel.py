@@ -6,12 +6,10 @@ import os
 import select
 import socket
 import threading
-from typing import TYPE_CHECKING
 
-from runtime.protocol import Command, Event, FrameReader, Submit, decode_command, encode_frame
-
-if TYPE_CHECKING:
-    from runtime.engine.compiling import Compiling
+from runtime.engine.compiling import Compiling
+from runtime.engine.grammar import Grammars
+from runtime.protocol import Command, Event, FrameReader, decode_command, encode_frame
 
 _READ_BYTES = 1 << 18
 
@@ -47,9 +45,9 @@ class Channel:
     def check(self, fingerprint: int) -> None:
         """One process is always of one mind; see `engine/turns.py`."""
 
-    def compiled(self, compiling: Compiling) -> list[Submit]:
-        """The requests whose grammars are there by now; see `Compiling.finished`."""
-        return compiling.finished()
+    def compiling(self, grammars: Grammars) -> Compiling:
+        """What compiles the grammars of requests that come this way."""
+        return Compiling(grammars, self.wake)
 
     def receive(self, wait: bool) -> list[Command]:
         """The commands that have arrived; with `wait`, at least one, unless `wake` is called.

@@ -25,7 +25,6 @@ class Compiling:
         self._threads: ThreadPoolExecutor | None = None
         self._pending: set[str] = set()
         self._done: queue.SimpleQueue[Submit] = queue.SimpleQueue()
-        self._kept: dict[str, Submit] = {}  # finished before they were waited for
 
     @property
     def busy(self) -> bool:
@@ -44,8 +43,6 @@ class Compiling:
     def forget(self, request_ids: Iterable[str]) -> None:
         """Never hand these back; unknown ids are ignored."""
         self._pending.difference_update(request_ids)
-        for request_id in request_ids:
-            self._kept.pop(request_id, None)
 
     def finished(self) -> list[Submit]:
         """The requests whose grammars are compiled, or known to be faulty, in the order of that."""
@@ -56,16 +53,6 @@ class Compiling:
                 self._pending.remove(request.request_id)
                 finished.append(request)
         return finished
-
-    def await_these(self, request_ids: Iterable[str]) -> list[Submit]:
-        """Those of the requests, in this order, once they are all finished."""
-        wanted = list(request_ids)
-        while not self._kept.keys() >= set(wanted):
-            request = self._done.get()
-            if request.request_id in self._pending:
-                self._kept[request.request_id] = request
-        self._pending.difference_update(wanted)
-        return [self._kept.pop(request_id) for request_id in wanted]
 
     def _work(self, request: Submit) -> None:
         try:

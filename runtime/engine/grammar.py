@@ -97,6 +97,21 @@ class Grammars:
             with self._keeping:
                 found.add(another)
 
+    def verdict(self, grammar: Grammar) -> str | None:
+        """What is wrong with the grammar, if anything is; it is compiled if it has not been yet."""
+        found = self._find(grammar)
+        return found if isinstance(found, str) else None
+
+    def settle(self, grammar: Grammar, verdict: str | None) -> None:
+        """Have the grammar ready for `matcher`, with another process's verdict on it.
+
+        How far a trial comes depends on the machine's mood, and ranks must be of one mind.
+        """
+        with self._keeping:
+            if grammar.source in self._compiled:
+                return
+        self._keep(grammar, verdict or self._compile(grammar.source, tried=True))
+
     def matcher(self, grammar: Grammar) -> tuple[LLMatcher, int]:
         """A matcher of one sequence's own, at the beginning, and its lane; see `Compiled`.
 
@@ -115,7 +130,9 @@ class Grammars:
             if known is not None:
                 self._compiled.move_to_end(grammar.source)
                 return known
-        first = self._compile(grammar.source, tried=False)
+        return self._keep(grammar, self._compile(grammar.source, tried=False))
+
+    def _keep(self, grammar: Grammar, first: LLMatcher | str) -> Compiled | str:
         with self._keeping:
             # Different grammars begin in different lanes.
             self._num_found += 1

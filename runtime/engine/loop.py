@@ -7,7 +7,7 @@ from runtime.engine.channel import Channel
 from runtime.engine.compiling import Compiling
 from runtime.engine.core import Engine
 from runtime.engine.sleeper import Sleeper
-from runtime.engine.turns import FollowingChannel, LeadingChannel
+from runtime.engine.turns import FollowingChannel, FollowingCompiling, LeadingChannel
 from runtime.protocol import Abort, Command, Drain, Mark, Submit
 
 
@@ -21,14 +21,14 @@ def serve(engine: Engine, sleeper: Sleeper, channel: Channel | LeadingChannel | 
     first = True
     idle_work = False
     graphs: float | None = None
-    compiling = Compiling(engine.grammars, channel.wake)
+    compiling = channel.compiling(engine.grammars)
     while engine.has_work or compiling.busy or not draining:
         was_busy = engine.has_work
         has_more = engine.has_work or sleeper.is_falling_asleep or (idle_work and not sleeper.is_asleep)
         for command in channel.receive(wait=not has_more):
             draining = draining or isinstance(command, Drain)
             _follow(command, sleeper, compiling)
-        for request in channel.compiled(compiling) if compiling.busy else ():
+        for request in compiling.finished() if compiling.busy else ():
             sleeper.take(request)
         if not (engine.has_work or was_busy) and (sleeper.is_falling_asleep or sleeper.is_asleep):
             sleeper.advance()
@@ -51,7 +51,7 @@ def serve(engine: Engine, sleeper: Sleeper, channel: Channel | LeadingChannel | 
             channel.send(Mark("first_token", marks.since_exec()))
 
 
-def _follow(command: Command, sleeper: Sleeper, compiling: Compiling) -> None:
+def _follow(command: Command, sleeper: Sleeper, compiling: Compiling | FollowingCompiling) -> None:
     if isinstance(command, Submit) and command.sampling.grammar is not None:
         compiling.begin(command)
         return

@@ -8,18 +8,17 @@ of it, before anything of it is told to anyone.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
 
 import msgspec
 
 from runtime.engine.channel import Channel
+from runtime.engine.compiling import Compiling
+from runtime.engine.grammar import Grammars
 from runtime.engine.watchdog import Watchdog
 from runtime.parallel.control import ParallelError
 from runtime.parallel.ranks import Ranks
 from runtime.protocol import Command, Event, Submit, decode_commands, encode_commands
-
-if TYPE_CHECKING:
-    from runtime.engine.compiling import Compiling
 
 _FINGERPRINT_BYTES = 8
 
@@ -51,17 +50,9 @@ class LeadingChannel:
             line.send(body)
         return commands
 
-    def wake(self) -> None:
-        """See `Channel.wake`."""
-        self._channel.wake()
-
-    def compiled(self, compiling: Compiling) -> list[Submit]:
-        """See `Channel.compiled`."""
-        requests = compiling.finished()
-        body = msgspec.msgpack.encode([request.request_id for request in requests])
-        for line in self._ranks.lines:
-            line.send(body)
-        return requests
+    def compiling(self, grammars: Grammars) -> Compiling:
+        """See `Channel.compiling`."""
+        return _LeadingCompiling(grammars, self._channel.wake, self._ranks)
 
     def check(self, fingerprint: int) -> None:
         """Compare all ranks' fingerprints of the step. Raises `DivergenceError` when they differ."""
@@ -72,6 +63,60 @@ class LeadingChannel:
                     f"Rank {rank} computed another batch than rank 0 in step {self._step}: nothing of it is "
                     "answered."
                 )
+
+
+class _LeadingCompiling(Compiling):
+    """Rank 0's, whose word on which grammars are faulty holds for all."""
+
+    def __init__(self, grammars: Grammars, wake: Callable[[], None], ranks: Ranks) -> None:
+        super().__init__(grammars, wake)
+        self._ranks = ranks
+
+    def finished(self) -> list[Submit]:
+        """See `Compiling.finished`."""
+        requests = super().finished()
+        verdicts = []
+        for request in requests:
+            assert request.sampling.grammar is not None
+            verdicts.append((request.request_id, self._grammars.verdict(request.sampling.grammar)))
+        body = msgspec.msgpack.encode(verdicts)
+        for line in self._ranks.lines:
+            line.send(body)
+        return requests
+
+
+class FollowingCompiling:
+    """A follower's `Compiling`: it compiles what rank 0 has compiled, when it is told to."""
+
+    def __init__(self, grammars: Grammars, ranks: Ranks) -> None:
+        self._grammars = grammars
+        self._ranks = ranks
+        self._pending: dict[str, Submit] = {}
+
+    @property
+    def busy(self) -> bool:
+        """See `Compiling.busy`."""
+        return bool(self._pending)
+
+    def begin(self, request: Submit) -> None:
+        """See `Compiling.begin`."""
+        self._pending[request.request_id] = request
+
+    def forget(self, request_ids: Iterable[str]) -> None:
+        """See `Compiling.forget`."""
+        for request_id in request_ids:
+            self._pending.pop(request_id, None)
+
+    def finished(self) -> list[Submit]:
+        """What the same call returned on rank 0, as soon as this rank is so far, too."""
+        body = self._ranks.lines[0].receive()
+        requests = []
+        for request_id, verdict in msgspec.msgpack.decode(body, type=list[tuple[str, str | None]]):
+            request = self._pending.pop(request_id)
+            assert request.sampling.grammar is not None
+            self._grammars.settle(request.sampling.grammar, verdict)
+            requests.append(request)
+        return requests
 
 
 class FollowingChannel:
@@ -91,12 +136,9 @@ class FollowingChannel:
         self._watchdog.work()
         return commands
 
-    def wake(self) -> None:
-        """Rank 0 is woken for everyone."""
-
-    def compiled(self, compiling: Compiling) -> list[Submit]:
-        """What the same call returned on rank 0, as soon as this rank is so far, too."""
-        return compiling.await_these(msgspec.msgpack.decode(self._ranks.lines[0].receive(), type=list[str]))
+    def compiling(self, grammars: Grammars) -> FollowingCompiling:
+        """See `Channel.compiling`."""
+        return FollowingCompiling(grammars, self._ranks)
 
     def check(self, fingerprint: int) -> None:
         """Let rank 0 compare."""

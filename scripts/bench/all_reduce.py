@@ -19,6 +19,7 @@ import subprocess
 import sys
 
 from harness import ROOT, BenchError
+from harness.process import rank_devices
 from harness.report import Report, make_parser, run
 
 WAYS = ("NCCL", "one-shot", "two-shot")
@@ -32,8 +33,7 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     }  # fmt: skip
     processes = []
     for rank in range(size):
-        devices = [rank, *(other for other in range(size) if other != rank)]
-        own = {**environment, "CUDA_VISIBLE_DEVICES": ",".join(map(str, devices))}
+        own = {**environment, **rank_devices(rank, size)}
         command = [sys.executable, __file__, *sys.argv[1:], "--rank", str(rank)]
         processes.append(subprocess.Popen(command, env=own, stdout=subprocess.PIPE, text=True))
     try:

@@ -26,7 +26,7 @@ from typing import Any
 
 from harness import ROOT, BenchError, limits_cuda, machine
 from harness.device_model import Found, Task, config_of, plan_of
-from harness.process import free_port
+from harness.process import free_port, rank_devices
 from harness.report import Report, make_parser, progress, run
 from harness.shapes import SHAPES
 from harness.table import number
@@ -52,9 +52,7 @@ class Child:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(BENCH), *_PATH])}
         if world_size > 1:
             command += [str(rank), str(world_size), *meeting]
-            # Its own GPU first; the others, to share memory with.
-            gpus = [rank, *(other for other in range(world_size) if other != rank)]
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+            environment |= rank_devices(rank, world_size)
         return subprocess.Popen(
             command,
             cwd=ROOT,

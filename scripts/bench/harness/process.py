@@ -18,6 +18,13 @@ from harness import ROOT, BenchError, client
 _END_SECONDS = 20.0
 
 
+def rank_devices(rank: int, world_size: int) -> dict[str, str]:
+    """For the environment of one rank: its own GPU first, then those that it shares memory with."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = [str(n) for n in range(world_size)] if visible is None else visible.split(",")[:world_size]
+    return {"CUDA_VISIBLE_DEVICES": ",".join([devices[rank], *devices[:rank], *devices[rank + 1 :]])}
+
+
 def free_port() -> int:
     """A port that nobody listens on now."""
     with socket.socket() as probe:
