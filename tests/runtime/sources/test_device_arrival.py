@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
     not (shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")), reason="no C compiler"
 )
 
-# Loads a model from where it is said to be, tells how far it is, and writes the parameters in the arena to a file.
+# Loads a model from its source, tells how far it is, and writes what the arena holds of it to a file.
 LOAD = """
 import ctypes, sys
 from pathlib import Path
