@@ -65,6 +65,20 @@ def test_a_rank_that_is_killed_while_it_loads(endless_model: Path) -> None:
     run(test())
 
 
+def test_a_rank_that_is_killed_while_it_sleeps(tiny_model: Path) -> None:
+    async def test() -> None:
+        async with running(config(tiny_model, world_size=2)) as client:
+            before = await tokens_of(submit(client, "before", 20))
+            await client.sleep(1)
+            ranks = [psutil.Process(pid) for pid in client.pids]
+            os.kill(client.pids[1], signal.SIGKILL)
+            await until(lambda: client.state == "cold")
+            assert not any(rank.is_running() for rank in ranks)
+            assert await tokens_of(submit(client, "after", 20)) == before
+
+    run(test())
+
+
 def test_a_step_that_hangs(endless_model: Path) -> None:
     async def test() -> None:
         async with running(config(endless_model, world_size=2, stuck_after_s=2.0)) as client:
