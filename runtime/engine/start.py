@@ -7,7 +7,6 @@ torch. The thread waits in the kernel and in the network, not on Python's lock.
 from __future__ import annotations
 
 import importlib
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -35,8 +34,6 @@ if TYPE_CHECKING:
     from runtime.weights.sources.arrival import Arrival
 
 _PROGRESS_INTERVAL_S = 0.1
-# What a rehearsal takes: with less time than this until the weights are there, it would be late itself.
-_REHEARSAL_S = 0.5
 # How much longer a sum over all ranks waits for them than the watchdog, which has better words.
 _PATIENCE = 4.0
 
@@ -80,8 +77,6 @@ class Preparation(threading.Thread):
         self._met = threading.Event()
         self._error: Exception | None = None
         self._last_sent = 0.0
-        self._began = 0.0
-        self._done = 0
         self.marks: dict[str, float] = {}
         self.directory: Path
         self.model: Model | ForeignModel
@@ -171,8 +166,7 @@ class Preparation(threading.Thread):
         else:
             self.weights = self._arena = DeviceWeights(self.plan, driver, gate)
         self._mark("first_byte")
-        self._began = time.monotonic()
-        self.weights.load(self._loaded if gate is OPEN else self._loaded_of_download)
+        self.weights.load(self._loaded if gate is OPEN else lambda done: None)
         self._mark("last_byte")
 
     def _find_device(self) -> None:
@@ -182,18 +176,7 @@ class Preparation(threading.Thread):
             self.device = "cuda"
 
     def _loaded(self, done: int) -> None:
-        self._done = done
         self._progress("load", done, self.weights.num_bytes)
-
-    def _loaded_of_download(self, done: int) -> None:
-        self._done = done
-
-    @property
-    def seconds_left(self) -> float:
-        """How long the weights still take, if it goes on as it went so far; 0 as long as nobody can tell."""
-        if self._done == 0 or not self.is_alive():
-            return 0.0
-        return (time.monotonic() - self._began) * (self.weights.num_bytes / self._done - 1)
 
     def _fetched(self, progress: sources.FetchProgress) -> None:
         found = None if progress.directory is None else str(progress.directory)
@@ -243,8 +226,6 @@ def start(
         group = enter(ranks, preparation.driver, _PATIENCE * config.stuck_after_s)
     if preparation.device == "cuda":
         importlib.import_module("runtime.engine.device_runner")  # with triton, while weights are on their way
-        if ranks is None and preparation.seconds_left > _REHEARSAL_S:
-            _rehearse(config, preparation)
     preparation.finish()
     if ranks is not None and len(set(ranks.control.exchange(preparation.directory.name))) > 1:
         # Nobody has to mend this: started again, they most likely find the same.
@@ -267,19 +248,6 @@ def start(
         counters={**_bytes(preparation, ranks), "kernels_compiled": _kernels_compiled(device)},
     )
     return engine, ready, sleeper
-
-
-def _rehearse(config: EngineConfig, preparation: Preparation) -> None:
-    """Load what the first step needs onto the device while its weights are on their way."""
-    from runtime.engine.rehearsal import rehearse
-
-    model, weights = preparation.model, preparation.weights
-    # Quantised weights are turned where they lie, and other models are built by transformers.
-    if isinstance(model, Model) and model.config.quantization is None:
-        try:
-            rehearse(config, preparation.directory, model, weights.tensors(), "cuda")
-        except Exception as error:  # too little memory, most likely; the start can do without
-            print(f"firstlight: nothing was loaded ahead: {error}", file=sys.stderr, flush=True)
 
 
 def _bytes(preparation: Preparation, ranks: Ranks | None) -> dict[str, int]:
