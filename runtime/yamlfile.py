@@ -16,6 +16,7 @@ from runtime.errors import FirstlightError
 _MAX_BYTES = 1 << 20
 # The composer recurses, in C, without a limit of its own.
 _MAX_DEPTH = 32
+_TOO_DEEP = "nested too deeply", "A catalogue has few levels."
 _INTEGER = re.compile(r"[+-]?(0|[1-9](_?[0-9]){0,17})")
 _NUMBER = re.compile(r"[+-]?([0-9]{1,18}(\.[0-9]{0,18})?|\.[0-9]{1,18})([eE][+-]?[0-9]{1,2})?")
 _TAG = "tag:yaml.org,2002:"
@@ -142,11 +143,13 @@ def read_yaml(path: Path) -> Value | None:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > _MAX_DEPTH:
                 line = event.start_mark.line + 1 if event.start_mark else None
-                raise CatalogueError(path, line, None, "nested too deeply", "A catalogue has few levels.")
+                raise CatalogueError(path, line, None, *_TOO_DEEP)
         node = yaml.compose(text, Loader=loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        if "nesting depth" in problem:  # a parser with a limit of its own may come first
+            raise CatalogueError(path, mark and mark.line + 1, None, *_TOO_DEEP) from None
         raise CatalogueError(
             path,
             mark.line + 1 if mark else None,
