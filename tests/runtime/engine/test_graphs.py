@@ -37,7 +37,7 @@ class Steps:
     def __init__(self, max_size: int) -> None:
         self.eager: list[int] = []
         self.captured: list[int] = []
-        self.graphs = DecodeGraphs(max_size, self._forward)
+        self.graphs = DecodeGraphs(max_size, self._forward, lambda: (0, 1))
 
     def _forward(self, size: int) -> torch.Tensor:
         self.eager.append(size)
@@ -56,7 +56,7 @@ class Steps:
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", StandIn)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(graphs, "adopted", lambda address, size: torch.zeros(size, dtype=torch.uint8))
     monkeypatch.setattr(StandIn, "replayed", 0)
     return Steps(32)
 
