@@ -19,6 +19,7 @@ class Detokenizer:
 
     All that `push` and `flush` return, joined, is `tokenizer.decode` of all ids; after `prompt_ids`,
     it is what those ids add to the prompt's text. Special tokens among `shown_ids` are never skipped.
+    With `starts_anew` none of the ids completes a character that the prompt has begun.
     """
 
     def __init__(
@@ -28,10 +29,13 @@ class Detokenizer:
         skip_special_tokens: bool = True,
         prompt_ids: Sequence[int] = (),
         shown_ids: frozenset[int] = frozenset(),
+        starts_anew: bool = False,
     ) -> None:
         steps = _Bytes if tokenizer.joins_bytes else _Window
         skipped = tokenizer.special_ids - shown_ids if skip_special_tokens else frozenset[int]()
         context = list(prompt_ids[-_CONTEXT:])
+        while starts_anew and tokenizer.decode(context).endswith(_BROKEN):
+            context.pop()
         self._steps: _Bytes | _Window = steps(tokenizer, skipped, context)
 
     def push(self, ids: Sequence[int]) -> str:

@@ -79,6 +79,8 @@ class Sequence:
             skip_special_tokens=options.skip_special_tokens,
             prompt_ids=submit.prompt_token_ids,
             shown_ids=shown_ids,
+            # A grammar is about whole characters.
+            starts_anew=submit.sampling.grammar is not None,
         )
         self._kept: list[TextDelta] = []
 

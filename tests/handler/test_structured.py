@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from openai.lib.streaming.chat import ContentDoneEvent, FunctionToolCallArgumentsDoneEvent
 
+from runtime.text.tokenizer import Tokenizer
 from tests.conftest import CONFIG
 from tests.handler.conftest import Server
 from tests.handler.serving import Served, served
@@ -184,6 +185,14 @@ class TestForms:
             assert text.startswith("{")
             if done.choices[0].finish_reason == "stop":
                 assert isinstance(json.loads(text), dict)
+
+    def test_behind_half_a_character(self, client: openai.OpenAI, model: Path) -> None:
+        tokenizer = Tokenizer.load(model)
+        half = [index for index in range(256) if tokenizer.token_bytes(index) in (b"H", b"\xf0", b"\x9f")]
+        done = client.completions.create(
+            model="tiny", prompt=half, max_tokens=50, extra_body={"guided_choice": ["{}", "\u00e9"]}
+        )
+        assert done.choices[0].text in ("{}", "\u00e9")
 
     def test_what_is_cut_off_says_so(self, client: openai.OpenAI) -> None:
         done = client.chat.completions.create(
