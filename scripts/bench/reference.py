@@ -2,10 +2,10 @@
 
     python scripts/bench/reference.py --model FOLDER [--device cuda|auto|cpu] [--out FILE]
 
-Greedy tokens in float32, computed anew over the whole text at every step, without any cache. The same texts
-in the checkpoint's own number format show how far 16 bits are off: a token counts as certain if it leads by
-more than three times that. The file is written beside the weights; for a folder that cannot be written, name
-another one with --out.
+Greedy tokens in float32, computed anew over the whole text at every step, without any cache. A text that is
+computed in the checkpoint's own number format, too, shows how far 16 bits are off: a token counts as certain
+if it leads by more than three times that. The file is written beside the weights; for a folder that cannot be
+written, name another one with --out.
 """
 
 from __future__ import annotations
@@ -49,12 +49,31 @@ def make(folder: Path, device: str, dtype: str) -> References:
     questions = [_question(tokenizer, thing) for thing in THINGS]
     countings = [_counting(tokenizer, start) for start in STARTS]
     version = f"transformers {transformers.__version__}, {dtype}, {device}"
+    tie = round(max(TIE, 3 * _noise(models, countings[0])), 3)
     return References(
         fingerprint(folder),
         version,
-        explain=_most_certain("explain", models, tokenizer, questions),
-        count=_most_certain("count", models, tokenizer, countings),
+        explain=_most_certain("explain", models[0], tokenizer, questions, tie),
+        count=_most_certain("count", models[0], tokenizer, countings, tie),
     )
+
+
+def _noise(models: list[Any], ids: list[int]) -> float:
+    """How far the leads of the first model's favourites are from that where the last one computes them, which
+    does so with fewer bits: the root of the mean square over a text."""
+    import torch
+
+    with torch.no_grad():
+        logits, others = (
+            model(torch.tensor([ids], device=model.device), use_cache=False).logits[0].float()
+            for model in (models[0], models[-1])
+        )
+    best = logits.topk(2)
+    leads = (best.values[:, 0] - best.values[:, 1]) / logits.std(1)
+    favourites = best.indices[:, :1].to(others.device)
+    next_best = others.scatter(1, favourites, float("-inf")).amax(1)
+    found = (others.gather(1, favourites)[:, 0] - next_best) / others.std(1)
+    return float((found.cpu() - leads.cpu()).square().mean().sqrt())
 
 
 def _question(tokenizer: Any, thing: str) -> list[int]:
@@ -72,11 +91,11 @@ def _counting(tokenizer: Any, start: int) -> list[int]:
     return ids
 
 
-def _most_certain(name: str, models: list[Any], tokenizer: Any, prompts: list[list[int]]) -> Reference:
+def _most_certain(name: str, model: Any, tokenizer: Any, prompts: list[list[int]], tie: float) -> Reference:
     """A random model hesitates here and there: not every prompt proves much."""
     best: Reference | None = None
     for prompt in prompts:
-        answer = _answer(models, tokenizer, name, prompt)
+        answer = _answer(model, tokenizer, name, prompt, tie)
         if best is None or answer.certain() > best.certain():
             best = answer
         if best.certain() >= ENOUGH_TOKENS:
@@ -85,14 +104,12 @@ def _most_certain(name: str, models: list[Any], tokenizer: Any, prompts: list[li
     return best
 
 
-def _answer(models: list[Any], tokenizer: Any, name: str, prompt: list[int]) -> Reference:
-    """The greedy answer of the first model up to the first tie: what follows one proves nothing. The others
-    compute the same with fewer bits."""
+def _answer(model: Any, tokenizer: Any, name: str, prompt: list[int], tie: float) -> Reference:
+    """The greedy answer up to the first tie: what follows one proves nothing."""
     import torch
 
-    model = models[0]
     ids, leads = list(prompt), [math.inf]
-    while len(leads) <= ANSWER_TOKENS and leads[-1] >= TIE:
+    while len(leads) <= ANSWER_TOKENS and leads[-1] >= tie:
         with torch.no_grad():
             logits = model(torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1].float()
         best = logits.topk(2)
@@ -101,22 +118,7 @@ def _answer(models: list[Any], tokenizer: Any, name: str, prompt: list[int]) -> 
     answer = ids[len(prompt) :]
     texts = [tokenizer.decode(answer[:n], skip_special_tokens=True) for n in range(len(answer) + 1)]
     pieces = [longer[len(shorter) :] for shorter, longer in itertools.pairwise(texts)]
-    noise = max([0.0, *(_noise(other, prompt, answer, leads[1:]) for other in models[1:])])
-    return Reference(name, prompt, answer, pieces, leads[1:], round(max(TIE, 3 * noise), 3))
-
-
-def _noise(model: Any, prompt: list[int], answer: list[int], leads: list[float]) -> float:
-    """How far the leads of an answer's tokens are from `leads` where this model computes them: the root of
-    the mean square."""
-    import torch
-
-    with torch.no_grad():
-        ids = torch.tensor([prompt + answer], device=model.device)
-        logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
-    chosen = torch.tensor(answer, device=logits.device)[:, None]
-    others = logits.scatter(1, chosen, float("-inf")).amax(1)
-    found = (logits.gather(1, chosen)[:, 0] - others) / logits.std(1)
-    return float((found.cpu() - torch.tensor(leads)).square().mean().sqrt())
+    return Reference(name, prompt, answer, pieces, leads[1:], tie)
 
 
 def main() -> None:
