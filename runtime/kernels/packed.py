@@ -23,8 +23,6 @@ class PackedMatrix:
     bits    of an integer; 0 for e4m3
     field   inputs of a chunk that stand in the same bits of their words, all of one group; 0 for e4m3
     order   [K] int64, which input each column is for; None for as they are
-    narrow_rows  whether what e4m3 weights with a scale for each output are multiplied by may be rounded to
-                 e4m3 as well, as the checkpoint was made for
 
     All are contiguous.
     """
@@ -37,7 +35,6 @@ class PackedMatrix:
     bits: int = 0
     field: int = 0
     order: torch.Tensor | None = None
-    narrow_rows: bool = False
 
     @property
     def out_features(self) -> int:

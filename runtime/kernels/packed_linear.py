@@ -13,6 +13,16 @@ from runtime.kernels.packed import PackedMatrix
 
 # From this many rows on, weights are brought back to floating point first, for the vendor's library.
 DEQUANTIZE_ROWS = 512
+# Bytes of shared memory that a program may have, by compute capability: CUDA's programming guide, "Technical
+# specifications per compute capability".
+_SHARED_BYTES = {
+    (8, 0): 163 << 10,
+    (8, 7): 163 << 10,
+    (9, 0): 227 << 10,
+    (10, 0): 227 << 10,
+    (10, 3): 227 << 10,
+}
+_LEAST_SHARED_BYTES = 99 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +52,7 @@ def packed_linear(x: torch.Tensor, weights: PackedLinear, with_silu_mul: bool = 
     out = x.new_empty((x.shape[0], matrix.out_features // 2 if with_silu_mul else matrix.out_features))
     if x.shape[0] == 1 and suits_gemv(matrix):
         return packed_gemv(x, matrix, out, weights.bias, with_silu_mul)
-    config = tile_config(matrix, x.shape[0], _num_sms(x.device))
+    config = tile_config(matrix, x.shape[0], *_size(x.device))
     return packed_tiles(x, matrix, out, config, shared_workspace(x.device), weights.bias, with_silu_mul)
 
 
@@ -51,31 +61,13 @@ def _many_rows(x: torch.Tensor, weights: PackedLinear) -> torch.Tensor:
     from runtime.kernels.gpu.packed_dequantize import dequantize
 
     matrix = weights.matrix
-    if matrix.narrow_rows and _multiplies_e4m3(x.device):
-        return _narrow_linear(x, matrix, weights.bias)
     weight = dequantize(matrix, x.new_empty((matrix.out_features, matrix.in_features)))
     return F.linear(x, weight, weights.bias)
 
 
-def _narrow_linear(x: torch.Tensor, matrix: PackedMatrix, bias: torch.Tensor | None) -> torch.Tensor:
-    """The product of e4m3 weights with rows that are rounded to e4m3 as well, each with its own scale."""
-    from runtime.kernels.gpu.narrow import narrow_rows
-
-    scales = torch.empty((x.shape[0], 1), dtype=torch.float32, device=x.device)
-    rows = narrow_rows(x.contiguous(), torch.empty_like(x, dtype=torch.float8_e4m3fn), scales)
-    y = torch._scaled_mm(
-        rows, matrix.values.t(), scale_a=scales, scale_b=matrix.scales.t(), out_dtype=torch.bfloat16
-    ).to(x.dtype)
-    return y if bias is None else y.add_(bias)
-
-
 @functools.cache
-def _multiplies_e4m3(device: torch.device) -> bool:
-    """Whether the device's tensor cores take e4m3: from Ada Lovelace and Hopper on."""
-    return torch.cuda.get_device_capability(device) >= (8, 9)
-
-
-@functools.cache
-def _num_sms(device: torch.device) -> int:
-    """Multiprocessors of the device."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _size(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors of the device, and the shared memory that a program may have."""
+    capability = torch.cuda.get_device_capability(device)
+    shared_bytes = _SHARED_BYTES.get(capability, _LEAST_SHARED_BYTES)
+    return torch.cuda.get_device_properties(device).multi_processor_count, shared_bytes

@@ -12,7 +12,6 @@ class Quantization:
 
     group_size   how many inputs share a scale, -1 for all
     block_rows   how many outputs do, in blocks of e4m3
-    narrow_rows  whether activations are meant to be rounded to e4m3 where that is faster
     in_order     whether groups are runs of neighbouring inputs (without GPTQ's desc_act)
     zero_offset  what is to be added to stored zero points
     """
@@ -23,4 +22,3 @@ class Quantization:
     in_order: bool
     zero_offset: int
     block_rows: int = 1
-    narrow_rows: bool = False

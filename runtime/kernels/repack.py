@@ -56,12 +56,9 @@ def _of_bytes(
         for qweight, each in zip(qweights, scales, strict=True)
     ]
     inputs = qweights[0].shape[1]
-    one_scale = spread[0].shape[1] == 1
-    group_size = inputs if one_scale else quantization.group_size
+    group_size = inputs if spread[0].shape[1] == 1 else quantization.group_size
     values = qweights[0] if len(qweights) == 1 else _write_back(torch.cat(tuple(qweights)), qweights)
-    # The GPU's products of such numbers take them sixteen at a time.
-    narrow = quantization.narrow_rows and one_scale and inputs % 16 == 0 and values.shape[0] % 16 == 0
-    return PackedMatrix(values, torch.cat(spread), None, inputs, group_size, narrow_rows=narrow)
+    return PackedMatrix(values, torch.cat(spread), None, inputs, group_size)
 
 
 def _order(groups: Sequence[torch.Tensor] | None, group_size: int) -> tuple[torch.Tensor | None, bool]:

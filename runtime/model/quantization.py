@@ -72,13 +72,13 @@ def read_quantization(raw: RawConfig) -> Quantization | None:
 
 
 def _read_fp8(section: RawConfig) -> Quantization:
-    """The blocks that share a scale, if any do, and the activations; the rest is seen from the tensors."""
-    blocks, narrow = section.values.get("weight_block_size"), True
+    """The blocks that share a scale, if any do; the rest is seen from the tensors."""
+    blocks = section.values.get("weight_block_size")
     if section.values.get("quant_method") == "compressed-tensors":
         section.refuse("format", "float-quantized")
-        blocks, narrow = _read_scheme(section)
+        blocks = _compressed_blocks(section)
     if blocks is None:
-        return Quantization("fp8", 8, -1, in_order=True, zero_offset=0, narrow_rows=narrow)
+        return Quantization("fp8", 8, -1, in_order=True, zero_offset=0)
     if not isinstance(blocks, list) or len(blocks) != 2 or any(type(n) is not int or n < 1 for n in blocks):
         raise ConfigError(
             f"{section.where}: the blocks that share a scale must be two numbers, not {blocks!r}."
@@ -86,9 +86,8 @@ def _read_fp8(section: RawConfig) -> Quantization:
     return Quantization("fp8", 8, blocks[1], in_order=True, zero_offset=0, block_rows=blocks[0])
 
 
-def _read_scheme(section: RawConfig) -> tuple[Any, bool]:
-    """Of the one scheme that all of a compressed-tensors checkpoint's layers have: the blocks that share a
-    scale, and whether activations are narrow too."""
+def _compressed_blocks(section: RawConfig) -> Any:
+    """The blocks of the one scheme that all of a compressed-tensors checkpoint's layers have."""
     groups = section.section("config_groups")
     schemes = [] if groups is None else list(groups.values.values())
     scheme = schemes[0] if len(schemes) == 1 and isinstance(schemes[0], dict) else {}
@@ -97,8 +96,7 @@ def _read_scheme(section: RawConfig) -> tuple[Any, bool]:
         raise ConfigError(f"{section.where}: config_groups must be one group, with its weights described.")
     if (weights.get("type"), weights.get("num_bits")) != ("float", 8):
         raise ConfigError(f"{section.where}: of compressed-tensors, float weights of 8 bits are supported.")
-    blocks = weights.get("block_structure") if weights.get("strategy") == "block" else None
-    return blocks, scheme.get("input_activations") is not None
+    return weights.get("block_structure") if weights.get("strategy") == "block" else None
 
 
 def spelled(

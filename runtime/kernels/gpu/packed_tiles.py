@@ -28,8 +28,7 @@ WORKSPACE_TILES = 1 << 12
 class TileConfig:
     """How a product is cut up: block_m rows by block_n outputs a program, `splits` shares of the inputs.
 
-    `scales_first` says that weights are scaled before they are multiplied, else their products are; `unroll`
-    chunks of the inputs are one turn of the loop.
+    `scales_first` says that weights are scaled before they are multiplied, else their products are.
     """
 
     block_m: int
@@ -38,24 +37,29 @@ class TileConfig:
     num_warps: int
     num_stages: int
     scales_first: bool = False
-    unroll: int = 1
 
 
 # A share of a product has at least so many inputs: what is won by more shares is lost in adding them up.
 _FEWEST_INPUTS = 1536
-_MANY = 1 << 30
-# The fastest on an H100 for Qwen2.5-32B, by the bits of integers and the rows up to which, with how many
-# programs a multiprocessor is given. Integers of 4 bits are two groups a chunk, those of 8 bits one.
+# Beside the pipeline.
+_OTHER_SHARED_BYTES = 1024
+# The fastest on an H100 for Qwen2.5-32B from the sizes of products down, each with the rows that it is for
+# and the programs that a multiprocessor is given.
+_BYTE_TILES = (
+    (129, TileConfig(256, 128, 1, 8, 3, True), 1.0),
+    (65, TileConfig(128, 128, 1, 8, 3, True), 1.0),
+    (33, TileConfig(64, 64, 1, 4, 4), 2.0),
+    (17, TileConfig(32, 64, 1, 4, 4), 4.0),
+    (0, TileConfig(16, 64, 1, 4, 4), 4.8),
+)
 _TILES = {
-    (bits, rows): found
-    for bits in (0, 4, 8)
-    for rows, found in {
-        16: (TileConfig(16, 64, 1, 4, 4), 4.8),
-        32: (TileConfig(32, 64, 1, 4, 4), 4.0),
-        64: (TileConfig(64, 64, 1, 4, 4), 2.0) if bits != 4 else (TileConfig(64, 128, 1, 8, 3), 1.0),
-        128: (TileConfig(128, 128, 1, 8, 3, True), 1.0),
-        _MANY: (TileConfig(128, 128, 1, 8, 3, True), 1.0),
-    }.items()
+    0: _BYTE_TILES[1:],
+    4: (
+        (65, TileConfig(128, 128, 1, 8, 3, True), 1.0),
+        (33, TileConfig(64, 128, 1, 8, 4), 1.0),
+        *_BYTE_TILES[3:],
+    ),
+    8: _BYTE_TILES,
 }
 
 
@@ -106,7 +110,6 @@ def packed_tiles(
         "BLOCK_N": config.block_n,
         "SPLIT": config.splits > 1,
         "SCALES_FIRST": config.scales_first,
-        "UNROLL": config.unroll,
         "HAS_ZEROS": matrix.zeros is not None,
         "HAS_BIAS": bias is not None,
         "GATED": silu_mul,
@@ -139,14 +142,26 @@ def shared_workspace(device: torch.device) -> TileWorkspace:
     return TileWorkspace.allocate(WORKSPACE_ELEMENTS, WORKSPACE_TILES, device)
 
 
-def tile_config(matrix: PackedMatrix, num_rows: int, num_sms: int) -> TileConfig:
-    """How a product of so many rows is cut up on a GPU of so many multiprocessors."""
-    most_rows = next(rows for rows in (16, 32, 64, 128, _MANY) if num_rows <= rows)
-    shape, per_sm = _TILES[matrix.bits, most_rows]
+def tile_config(matrix: PackedMatrix, num_rows: int, num_sms: int, shared_bytes: int) -> TileConfig:
+    """How a product of so many rows is cut up on a GPU of so many multiprocessors, on which a program may
+    have so many bytes of shared memory."""
+    shape, per_sm = next(
+        (shape, per_sm)
+        for fewest_rows, shape, per_sm in _TILES[matrix.bits]
+        if not fewest_rows or (num_rows >= fewest_rows and tile_bytes(matrix, shape) <= shared_bytes)
+    )
     tiles = cdiv(num_rows, shape.block_m) * cdiv(matrix.out_features, shape.block_n)
     wanted = min(int(per_sm * num_sms) // tiles, matrix.in_features // _FEWEST_INPUTS)
     room = WORKSPACE_ELEMENTS // (tiles * shape.block_m * shape.block_n)
     return replace(shape, splits=max(1, min(wanted, room)) if tiles <= WORKSPACE_TILES else 1)
+
+
+def tile_bytes(matrix: PackedMatrix, shape: TileConfig) -> int:
+    """The shared memory that a program's pipeline takes: the weight's words are wanted a stage before x."""
+    step = word_shape(matrix)["FIELD"]
+    rows = 2 * shape.block_m * step * max(1, matrix.fields)
+    words = (2 if matrix.bits else 1) * shape.block_n * step
+    return shape.num_stages * rows + (shape.num_stages - 1) * words + _OTHER_SHARED_BYTES
 
 
 def word_shape(matrix: PackedMatrix) -> dict[str, int]:
@@ -184,7 +199,7 @@ def _widening(bits: int, dtype: torch.dtype) -> tuple[str, ...]:
 
 @kernel
 @triton.jit(do_not_specialize=["num_rows"])
-def _tile_kernel(  # noqa: C901  # most of its conditions are decided when it is compiled
+def _tile_kernel(
     x_ptr,
     values_ptr,
     scales_ptr,
@@ -206,7 +221,6 @@ def _tile_kernel(  # noqa: C901  # most of its conditions are decided when it is
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
     SCALES_FIRST: tl.constexpr,
-    UNROLL: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GATED: tl.constexpr,
@@ -227,12 +241,7 @@ def _tile_kernel(  # noqa: C901  # most of its conditions are decided when it is
     first = tl.program_id(2) * chunks // splits
     last = (tl.program_id(2) + 1) * chunks // splits
     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    # Scales are loaded a chunk ahead: nothing else that is waited for comes from far away.
-    even = _scales(scales_ptr, there, first, 0, GROUP, GROUPS, FIELD, FIELDS, PER_SCALE)
-    odd = _scales(scales_ptr, there, first, 1, GROUP, GROUPS, FIELD, FIELDS, PER_SCALE)
-    for chunk in tl.range(first, last, loop_unroll_factor=UNROLL):
-        even_next = _scales(scales_ptr, there, chunk + 1, 0, GROUP, GROUPS, FIELD, FIELDS, PER_SCALE)
-        odd_next = _scales(scales_ptr, there, chunk + 1, 1, GROUP, GROUPS, FIELD, FIELDS, PER_SCALE)
+    for chunk in range(first, last):
         within = (place + chunk * FIELD < WORDS)[None, :] | (WORDS % FIELD == 0)
         words = tl.load(values_ptr + chunk * FIELD, there & within, other=0.0, eviction_policy="evict_first")
         for field in tl.static_range(FIELDS):
@@ -240,23 +249,23 @@ def _tile_kernel(  # noqa: C901  # most of its conditions are decided when it is
             known = (place + start < K)[:, None] | (K % (FIELDS * FIELD) == 0)
             x = tl.load(x_ptr + start, wanted & known, other=0.0)
             weight = _widened(words, x, BITS, field, WIDENING)
+            # Past the last input there is nothing to scale.
+            group = tl.minimum(start // GROUP, GROUPS - 1)
             if HAS_ZEROS:
-                group = tl.minimum(start // GROUP, GROUPS - 1)
                 weight -= tl.load(zeros_ptr + group, there, other=0).to(x.dtype)
-            if field % PER_SCALE == 0:
-                part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-                scale = even if field // PER_SCALE == 0 else odd
-                if field // PER_SCALE > 1:
-                    scale = _scales(scales_ptr, there, chunk, field, GROUP, GROUPS, FIELD, FIELDS, 1)
             if GROUPS == 1:
                 sums = tl.dot(weight, x, sums)
             elif SCALES_FIRST:
+                scale = tl.load(scales_ptr + group, there, other=0.0)
                 sums = tl.dot(weight * scale.to(x.dtype), x, sums)
             else:
-                part = tl.dot(weight, x, part)
+                if field % PER_SCALE == 0:
+                    scale = tl.load(scales_ptr + group, there, other=0.0).to(tl.float32)
+                    part = tl.dot(weight, x)
+                else:
+                    part = tl.dot(weight, x, part)
                 if (field + 1) % PER_SCALE == 0:
-                    sums += part * scale.to(tl.float32)
-        even, odd = even_next, odd_next
+                    sums += part * scale
     is_last = True
     if SPLIT:
         sums, is_last = _all_shares(sums, partials_ptr, counters_ptr, BLOCK_M, BLOCK_N)
@@ -266,26 +275,6 @@ def _tile_kernel(  # noqa: C901  # most of its conditions are decided when it is
         if HAS_BIAS:
             sums += tl.load(bias_ptr + output, inside, other=0.0).to(tl.float32)[:, None]
         _store(sums, out_ptr, N, num_rows, BLOCK_M, BLOCK_N, GATED)
-
-
-@triton.jit
-def _scales(
-    scales_ptr,
-    there,
-    chunk,
-    INDEX: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUPS: tl.constexpr,
-    FIELD: tl.constexpr,
-    FIELDS: tl.constexpr,
-    PER_SCALE: tl.constexpr,
-):
-    """The scales of a chunk's i-th PER_SCALE fields, [BLOCK_N, 1]; anything where there are none."""
-    if GROUPS > 1 and INDEX * PER_SCALE < FIELDS:
-        start = (chunk * FIELDS + INDEX * PER_SCALE) * FIELD
-        return tl.load(scales_ptr + tl.minimum(start // GROUP, GROUPS - 1), there, other=0.0)
-    else:
-        return there.to(tl.float16)
 
 
 @triton.jit

@@ -42,7 +42,7 @@ def _matrix(bits: int, layer: Layer) -> PackedMatrix:
     scales = torch.full((layer.outputs, groups), 1e-3, device="cuda")
     if bits == 0:
         values = torch.randn(shape, device="cuda", dtype=torch.bfloat16).to(torch.float8_e4m3fn)
-        return PackedMatrix(values, scales, None, layer.inputs, layer.inputs, narrow_rows=True)
+        return PackedMatrix(values, scales, None, layer.inputs, layer.inputs)
     integers = torch.randint(1 << bits, shape, dtype=torch.uint8, device="cuda")
     values = pack_words(integers, bits, 64)
     return PackedMatrix(values, scales.half(), None, layer.inputs, _GROUP, bits, 64)

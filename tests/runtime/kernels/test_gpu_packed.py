@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from runtime.kernels.gpu.narrow import narrow_rows, narrow_rows_torch
 from runtime.kernels.gpu.packed_dequantize import dequantize
 from runtime.kernels.gpu.packed_gemv import PackedGemvConfig, packed_gemv, packed_product_torch
 from runtime.kernels.gpu.packed_tiles import (
@@ -18,6 +17,7 @@ from runtime.kernels.gpu.packed_tiles import (
     TileConfig,
     TileWorkspace,
     packed_tiles,
+    tile_bytes,
     tile_config,
 )
 from runtime.kernels.packed import PackedMatrix, dequantize_torch, pack_words, unpack_words
@@ -111,30 +111,15 @@ def test_back_to_floating_point(name: str, dtype: torch.dtype) -> None:
     assert torch.equal(dequantize(matrix, out), dequantize_torch(matrix, dtype))
 
 
-def test_rows_rounded_to_e4m3() -> None:
-    x = torch.randn(5, 300, device=DEVICE).half()
-    x[2] = 0
-    scales, expected_scales = torch.empty(2, 5, 1, device=DEVICE)
-    out, plain = torch.empty(2, 5, 300, device=DEVICE).to(torch.float8_e4m3fn)
-
-    narrow_rows(x, out, scales)
-    narrow_rows_torch(x, plain, expected_scales)
-
-    torch.testing.assert_close(scales, expected_scales)
-    # Of 3 bits after the first, the last may be rounded: half of 1 / 8, and for the smallest half a step.
-    torch.testing.assert_close(plain.float() * expected_scales, x.float(), rtol=1 / 16, atol=2e-5)
-    # The interpreter's numbers of 8 bits lose a carry now and then.
-    assert (out.float() == plain.float()).float().mean() > (0.999 if DEVICE == "cuda" else 0.95)
-    assert (plain.float().abs().amax(1)[[0, 1, 3, 4]] == 448).all()
-
-
 @pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
 @pytest.mark.parametrize("shape", [(55296, 512), (5120, 27648), (7168, 5120), (896, 128)])
-def test_shares_fit_the_workspace_and_hold_something(kind: str, shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("shared_kib", [99, 163, 227])
+def test_shares_fit_the_workspace_and_the_gpu(kind: str, shape: tuple[int, int], shared_kib: int) -> None:
     small = random_matrix(kind, 16, 512, 128)
     matrix = replace(small, values=torch.empty(shape[0], 0), in_features=shape[1])
     for num_rows in range(1, 520):
-        config = tile_config(matrix, num_rows, 132)
+        config = tile_config(matrix, num_rows, 132, shared_kib << 10)
+        assert tile_bytes(matrix, config) <= shared_kib << 10
         assert config.splits == 1 or shape[1] // config.splits >= 1536
         tiles = -(-num_rows // config.block_m) * -(-shape[0] // config.block_n)
         if config.splits > 1:
