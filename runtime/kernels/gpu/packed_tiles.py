@@ -128,9 +128,7 @@ def packed_tiles(
         workspace.counters,
         matrix.out_features // 2 if silu_mul else matrix.out_features,
         num_rows,
-        WIDENING=None
-        if triton.knobs.runtime.interpret or not matrix.bits
-        else _widening(matrix.bits, x.dtype),
+        WIDENING=_widening(matrix.bits, x.dtype) if matrix.bits and _has_instructions(x) else None,
         **shape,
     )
     return out
@@ -172,6 +170,19 @@ def word_shape(matrix: PackedMatrix) -> dict[str, int]:
     return {"WORDS": matrix.in_features, "FIELD": 128 if whole else matrix.group_size, "BITS": 0}
 
 
+def _has_instructions(x: torch.Tensor) -> bool:
+    """Whether the device has those of `_widening`; else plain arithmetic does the same."""
+    if triton.knobs.runtime.interpret:
+        return False
+    return x.dtype == torch.float16 or _capability(x.device) >= (9, 0)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
 def _widening(bits: int, dtype: torch.dtype) -> tuple[str, ...]:
     """For each field of words of 16 bits, instructions that turn two of them, $1, into two values, $0.
 
