@@ -64,7 +64,8 @@ def test_a_report_of_the_engine(small_model: Path, tmp_path: Path) -> None:
     report = report_of("throughput", tmp_path / "report.json", *arguments)
     single = report["cases"]["single"]
     assert single["speed"]["firstlight"]["n"] == 2
-    assert 0 < single["share_of_limit"]["firstlight"] < 1
+    speed = single["speed"]["firstlight"]["median"]
+    assert single["share_of_limit"]["firstlight"] == pytest.approx(single["limit"] / speed)
 
 
 def test_a_report_of_the_server(small_model: Path, tmp_path: Path) -> None:
