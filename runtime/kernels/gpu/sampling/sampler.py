@@ -70,6 +70,7 @@ class Sampler:
         self._adjusted = torch.empty((max_rows, padded), device=device)
         self._best_logit = torch.empty(cells, device=device)
         self._best_token = torch.empty(cells, dtype=torch.int32, device=device)
+        self._worst_logit = torch.empty(cells, device=device)
         self._threshold = torch.empty(max_rows, dtype=torch.int32, device=device)
         self._mass = torch.empty(cells, dtype=torch.int64, device=device)
         self._interval = torch.empty((2 * max_rows, 3), dtype=torch.int64, device=device)
@@ -161,6 +162,7 @@ class Sampler:
             batch.rows,
             self._best_logit,
             self._best_token,
+            self._worst_logit,
             self._threshold,
             self.vocab_size,
             CHUNK=self.chunk,
@@ -175,6 +177,7 @@ class Sampler:
                 *self._source(batch),
                 batch.rows,
                 self._best_logit,
+                self._worst_logit,
                 self._mass,
                 self._threshold,
                 self._interval,

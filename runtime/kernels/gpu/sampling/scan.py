@@ -1,4 +1,4 @@
-"""The largest logit of each chunk of a row, and where it is."""
+"""The largest logit of each chunk of a row, where it is, and the smallest one."""
 
 from __future__ import annotations
 
@@ -59,6 +59,14 @@ def row_best(best_logit_ptr, row, num_chunks, CHUNKS: tl.constexpr):
 
 
 @triton.jit
+def row_worst(worst_logit_ptr, row, num_chunks, CHUNKS: tl.constexpr):
+    """The smallest logit of a row that is not minus infinity; plus infinity if there is none."""
+    chunk = tl.arange(0, CHUNKS)
+    worst = tl.load(worst_logit_ptr + row * num_chunks + chunk, chunk < num_chunks, other=float("inf"))
+    return tl.min(worst, 0)
+
+
+@triton.jit
 def row_best_token(best_logit_ptr, best_token_ptr, row, num_chunks, CHUNKS: tl.constexpr):
     """The token of a row's largest logit: of several the lowest id, as argmax has it."""
     chunk = tl.arange(0, CHUNKS)
@@ -79,6 +87,7 @@ def scan_kernel(
     rows_ptr,
     best_logit_ptr,
     best_token_ptr,
+    worst_logit_ptr,
     threshold_ptr,
     vocab_size,
     CHUNK: tl.constexpr,
@@ -97,6 +106,8 @@ def scan_kernel(
         cell = row * tl.num_programs(0) + chunk
         tl.store(best_logit_ptr + cell, best)
         tl.store(best_token_ptr + cell, tl.min(tl.where(x == best, token, _NO_TOKEN), 0))
+        # What is ruled out altogether is not among them.
+        tl.store(worst_logit_ptr + cell, tl.min(tl.where(x > float("-inf"), x, float("inf")), 0))
         if chunk == 0:
             tl.store(threshold_ptr + row, INFINITY_BITS)
 

@@ -21,6 +21,7 @@ from runtime.kernels.gpu.sampling.scan import (
     parameter,
     parameter_float,
     row_best,
+    row_worst,
 )
 
 BUCKETS = tl.constexpr(8)
@@ -125,6 +126,7 @@ def narrow_kernel(
     records_ptr,
     rows_ptr,
     best_logit_ptr,
+    worst_logit_ptr,
     mass_ptr,
     threshold_ptr,
     interval_ptr,
@@ -146,7 +148,10 @@ def narrow_kernel(
         if is_cut(records_ptr, slot, vocab_size, BY_COUNT):
             temperature = parameter_float(records_ptr, slot, TEMPERATURE)
             low = tl.full((), -1, tl.int64)
-            high = tl.load(threshold_ptr + row).to(tl.int64)
+            best = row_best(best_logit_ptr, row, num_chunks, CHUNKS)
+            # Nothing that counts lies beyond the row's last token: a cut in its tail is soon found.
+            last = distance_bits(row_worst(worst_logit_ptr, row, num_chunks, CHUNKS), best)
+            high = tl.minimum(tl.load(threshold_ptr + row), last).to(tl.int64)
             below = tl.full((), 0, tl.int64)
             mine = tl.full((), 1, tl.int64)
             if done > 0:
@@ -176,7 +181,7 @@ def narrow_kernel(
                     mask,
                     ADJUST,
                 )
-                bits = distance_bits(x, row_best(best_logit_ptr, row, num_chunks, CHUNKS))
+                bits = distance_bits(x, best)
                 inside = mask & (bits > low) & (bits <= high)
                 if BY_COUNT:
                     weight = inside.to(tl.int32)
