@@ -281,5 +281,4 @@ def _memory(preparation: Preparation, num_ranks: int) -> Memory:
         return HostMemory(weights)
     from runtime.engine.device_memory import DeviceMemory
 
-    driver.enter()
     return DeviceMemory(driver, weights if isinstance(weights, DeviceWeights) else None, num_ranks)

@@ -10,7 +10,6 @@ from ctypes import byref, c_int, c_size_t, c_ubyte, c_uint64, c_void_p
 
 from runtime.errors import FirstlightError
 
-_OUT_OF_MEMORY = 2
 _EVENT_NO_TIMING = 2
 _MEMORY_HOST, _MEMORY_DEVICE = 1, 2
 

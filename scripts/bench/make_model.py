@@ -18,34 +18,9 @@ from typing import Any
 from harness import BenchError, random_tokenizer
 from harness.random_weights import Shapes, write_checkpoint
 from harness.report import progress, run
+from harness.shapes import LLAMA_3, QWEN_2
 
 SHARD_BYTES = 4 << 30
-
-_LLAMA_3: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 128256,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "max_position_embeddings": 8192,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-}
-_QWEN_2: dict[str, Any] = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "vocab_size": 152064,
-    "head_dim": 128,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "max_position_embeddings": 32768,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "use_sliding_window": False,
-}
 
 
 def _sized(base: dict[str, Any], hidden: int, inner: int, layers: int, heads: int, kv: int) -> dict[str, Any]:
@@ -60,12 +35,12 @@ def _sized(base: dict[str, Any], hidden: int, inner: int, layers: int, heads: in
 
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "llama-3-8b": _sized(_LLAMA_3, 4096, 14336, 32, 32, 8),
-    "llama-3-70b": _sized(_LLAMA_3, 8192, 28672, 80, 64, 8),
-    "qwen2.5-7b": _sized(_QWEN_2, 3584, 18944, 28, 28, 4),
-    "qwen2.5-32b": _sized(_QWEN_2, 5120, 27648, 64, 40, 8),
-    "qwen2.5-72b": _sized(_QWEN_2, 8192, 29568, 80, 64, 8),
-    "small": _sized(_LLAMA_3 | {"vocab_size": 4096}, 256, 512, 2, 4, 2) | {"head_dim": 64},
+    "llama-3-8b": _sized(LLAMA_3, 4096, 14336, 32, 32, 8),
+    "llama-3-70b": _sized(LLAMA_3, 8192, 28672, 80, 64, 8),
+    "qwen2.5-7b": _sized(QWEN_2, 3584, 18944, 28, 28, 4),
+    "qwen2.5-32b": _sized(QWEN_2, 5120, 27648, 64, 40, 8),
+    "qwen2.5-72b": _sized(QWEN_2, 8192, 29568, 80, 64, 8),
+    "small": _sized(LLAMA_3 | {"vocab_size": 4096}, 256, 512, 2, 4, 2) | {"head_dim": 64},
 }
 
 

@@ -17,6 +17,7 @@ is not through is under way everywhere.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -91,27 +92,7 @@ def one_shot(
 
     Every rank adds in the same order, in float32, so that all get the same bits. Returns out.
     """
-    m, hidden_size = x.shape
-    block = next_power_of_2(hidden_size)
-    residual, weight, eps = norm or (x, x, 0.0)
-    _one_shot_kernel[(m,)](
-        x,
-        residual,
-        weight,
-        out,
-        inboxes.addresses,
-        inboxes.turns,
-        eps,
-        inboxes.rank,
-        inboxes.max_rows,
-        WORLD_SIZE=inboxes.world_size,
-        PADDED_SIZE=next_power_of_2(inboxes.world_size),
-        HIDDEN_SIZE=hidden_size,
-        BLOCK=block,
-        NORM=norm is not None,
-        num_warps=_warps(block),
-    )
-    return out
+    return _add_up(_one_shot_kernel, x, inboxes, out, norm)
 
 
 def two_shot(
@@ -124,10 +105,21 @@ def two_shot(
 
     Only that rank's `residual` holds row r afterwards.
     """
+    return _add_up(_two_shot_kernel, x, inboxes, out, norm)
+
+
+def _add_up(
+    way: Any,
+    x: torch.Tensor,
+    inboxes: Inboxes,
+    out: torch.Tensor,
+    norm: tuple[torch.Tensor, torch.Tensor, float] | None,
+) -> torch.Tensor:
+    """Launch one of the two kernels, one program a row; returns out."""
     m, hidden_size = x.shape
     block = next_power_of_2(hidden_size)
     residual, weight, eps = norm or (x, x, 0.0)
-    _two_shot_kernel[(m,)](
+    way[(m,)](
         x,
         residual,
         weight,
