@@ -34,6 +34,12 @@ class DecodeGraphs:
         self._warm: set[int] = set()
         self._since_capture = 0
 
+    def __del__(self) -> None:
+        # torch ends the process if a pool goes while graphs lie in it, and where all goes at once, as in a
+        # cycle of references, the pool could be first.
+        for graph, _ in self._graphs.values():
+            graph.reset()
+
     @staticmethod
     def sizes(max_size: int) -> list[int]:
         """Batch sizes that get a graph: close together where they are small."""
