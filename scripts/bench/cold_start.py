@@ -6,22 +6,27 @@
 The clock starts just before the server is executed, and the request waits from then on: greedy, 128
 tokens of prompt, 32 of answer, which must be the reference's. States:
 
+  C4   the weights lie in a file system that is memory (/dev/shm), all else in the page cache
   C3   everything is in the page cache, no process runs
   C2   the weights are not in the page cache, all else is
+  C1   neither weights nor code are in the page cache: Python's and this project's files, and torch's
   C0   the model is not on this machine: it comes from a stand-in for the Hub, and from one for S3
 
 The limit is measured in turn with the servers: the bare start (a Python that imports torch and, on a
-GPU, puts one number there) and, in C2, the time that the disk takes for the weights; in C0 the time that
-the stand-in takes for them when they are read in parallel and thrown away. What the Hub serves has a
-SHA-256, so the time that takes, one processor a file, is shown as well.
+GPU, puts one number there; in C1 its code comes from the disk, too) and, in C1 and C2, the time that the
+disk takes for the weights; in C0 the time that the stand-in takes for them when they are read in parallel
+and thrown away. What the Hub serves has a SHA-256, so the time that takes, one processor a file, is shown
+as well.
 """
 
 from __future__ import annotations
 
 import argparse
 import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -37,6 +42,9 @@ from harness.table import number, spread
 ANSWER_TOKENS = 32
 PAUSE_SECONDS = 0.5
 TIMES = ("listening", "ready", "first_token", "last_token")
+STATES = ("C0", "C1", "C2", "C3", "C4")
+FROM_DISK = ("C1", "C2")
+MEMORY = Path("/dev/shm")
 BARE, DISK, TRANSFER, LIMIT, DIGEST = "bare start", "disk", "transfer", "limit", "digest of the files"
 
 
@@ -52,21 +60,25 @@ def prepare(state: str, files: list[Path], remote: Remote | None) -> None:
     """Bring the page cache, and the servers' own, into the state that is to be measured."""
     if remote is not None:
         remote.forget()
-    if state == "C2":
+    if state in FROM_DISK:
         page_cache.evict(files)
     else:
         page_cache.read(files)
         held = page_cache.resident(files)
         if held < 1:
             raise BenchError(f"the page cache holds only {held:.0%} of the weights after reading them")
+    if state == "C1":
+        page_cache.evict_code()
 
 
 def measure_limits(state: str, device: str, files: list[Path], remote: Remote | None) -> dict[str, float]:
     """The limits, in seconds; the disk's and the network's only where they matter."""
+    if state == "C1":
+        page_cache.evict_code()
     found = {BARE: bare_start(device)}
     if remote is not None:
         found[TRANSFER] = remote.transfer_seconds()
-    if state == "C2":
+    if state in FROM_DISK:
         page_cache.evict(files)
         found[DISK] = page_cache.read(files)
     found[LIMIT] = max(found.values())
@@ -126,6 +138,16 @@ def measure_remote(report: Report, options: argparse.Namespace, folder: Path) ->
             tabulate(report, state, *measure([remote.server(kind)], state, options, folder, remote))
 
 
+def measure_in_memory(report: Report, options: argparse.Namespace, folder: Path) -> None:
+    """C4, with a copy of the model."""
+    needed, free = checkpoint.weight_bytes(folder), shutil.disk_usage(MEMORY).free
+    if needed >= free:
+        raise BenchError(f"{MEMORY} has room for {free / 1e9:.1f} GB, and the model needs {needed / 1e9:.1f}")
+    with tempfile.TemporaryDirectory(dir=MEMORY) as place:
+        copy = Path(shutil.copytree(folder, Path(place, folder.name)))
+        tabulate(report, "C4", *measure(servers.chosen(options, copy), "C4", options, copy))
+
+
 def tabulate(
     report: Report, state: str, starts: dict[str, list[Start]], limits: dict[str, list[float]]
 ) -> None:
@@ -171,7 +193,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     servers.add_server_flags(parser)
     parser.add_argument("--runs", type=int, default=5, metavar="N", help="of each state (default: 5)")
-    parser.add_argument("--state", nargs="+", choices=("C0", "C2", "C3"), default=["C3"], help="default: C3")
+    parser.add_argument("--state", nargs="+", choices=STATES, default=["C3"], help="default: C3")
     parser.add_argument("--timeout", type=float, default=300.0, metavar="S", help="default: 300")
     options = parser.parse_args()
     folder = servers.model_folder(options.model)
@@ -183,6 +205,8 @@ def main() -> None:
     for state in options.state:
         if state == "C0":
             measure_remote(report, options, folder)
+        elif state == "C4":
+            measure_in_memory(report, options, folder)
         else:
             tabulate(report, state, *measure(chosen, state, options, folder))
     report.add_note(f"weights: {number(size / 1e9)} GB")

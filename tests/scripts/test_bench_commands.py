@@ -85,6 +85,15 @@ def test_a_report_of_structured_outputs(small_model: Path, tmp_path: Path) -> No
         assert report[kind][0]["tokens_per_second"] > 0
 
 
+def test_a_report_of_starts(small_model: Path, tmp_path: Path) -> None:
+    arguments = ("--model", str(small_model), "--device", "cpu", "--runs", "1", "--state", "C4", "C3")
+    report = report_of("cold_start", tmp_path / "report.json", *arguments)
+    for state in ("C3", "C4"):
+        (start,) = report[state]["starts"]["firstlight"]
+        assert 0 < start["listening"] < start["first_token"] <= start["last_token"]
+        assert {"listen", "plan", "torch", "ready"} <= start["marks"].keys()
+
+
 class TestFlags:
     def test_engine_settings_are_json_where_they_can_be(self) -> None:
         pairs = ["max_num_seqs=8", "enable_prefix_caching=false", "dtype=bfloat16"]
