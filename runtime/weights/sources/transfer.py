@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import threading
 import time
 from collections import deque
@@ -18,8 +19,11 @@ from runtime.weights.sources.remote import RangeReply, Remote, RemoteFile, Trans
 if TYPE_CHECKING:
     from runtime.weights.sources.mover import Body
 
-# One ranged read asks for this much; a killed process loses at most one block of it per connection.
-RANGE_BYTES = 16 << 20
+# One ranged read asks for this much, and towards the end for less, so that all connections end together.
+RANGE_BYTES = 64 << 20
+LAST_RANGE_BYTES = 8 << 20
+# A killed process loses at most one block per connection. Blocks end at multiples of this, which is what the
+# mover writes at once.
 BLOCK_BYTES = 2 << 20
 # A file is verified by one thread, from its beginning on: so that many files are brought at once.
 FILES_AT_ONCE = 8
@@ -34,6 +38,32 @@ def turn(number: int, start: int) -> tuple[int, int]:
     The headers of all files come before all else: from them it is planned where the rest belongs.
     """
     return (number // FILES_AT_ONCE, start) if start else (-1, 0)
+
+
+class _Ranges:
+    """What nobody has asked for yet, to be taken range by range in the order in which it is due."""
+
+    def __init__(self, files: Sequence[PartialFile], connections: int) -> None:
+        gaps = [(i, *gap) for i, file in enumerate(files) for gap in file.missing(0, file.file.size)]
+        self._files = files
+        self._due = [(turn(i, start), i, start, end) for i, start, end in gaps]
+        heapq.heapify(self._due)
+        self._left = sum(end - start for _, start, end in gaps)
+        self._least = min(RANGE_BYTES, LAST_RANGE_BYTES)
+        self.connections = min(connections, sum(-(-(end - start) // self._least) for _, start, end in gaps))
+
+    def __bool__(self) -> bool:
+        return bool(self._due)
+
+    def take(self) -> tuple[PartialFile, int, int]:
+        """The next range: the file, where it starts and where it ends."""
+        _, number, start, end = heapq.heappop(self._due)
+        fair = self._left // (2 * self.connections) // BLOCK_BYTES * BLOCK_BYTES
+        stop = min(end, start + max(self._least, min(RANGE_BYTES, fair)))
+        if stop < end:
+            heapq.heappush(self._due, (turn(number, stop), number, stop, end))
+        self._left -= stop - start
+        return self._files[number], start, stop
 
 
 class _RangesIgnored(Exception):
@@ -101,13 +131,7 @@ class _Round:
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._error: BaseException | None = None
-        ranges = [
-            (turn(i, at), file, at, min(at + RANGE_BYTES, end))
-            for i, file in enumerate(files)
-            for start, end in file.missing(0, file.file.size)
-            for at in range(start, end, RANGE_BYTES)
-        ]
-        self._ranges = deque(sorted(ranges, key=lambda wanted: wanted[0]))
+        self._ranges = _Ranges(files, remote.connections)
         # What each reading thread receives now, and when it last heard something.
         self._heard: dict[int, tuple[Body, float]] = {}
         self._unverified = deque(files)
@@ -115,7 +139,7 @@ class _Round:
 
     def run(self, report: Callable[[], None]) -> list[RemoteFile]:
         """Fill and verify all files; those that failed verification are returned, forgotten."""
-        readers = [self._read_ranges] * min(self._remote.connections, len(self._ranges))
+        readers = [self._read_ranges] * self._ranges.connections
         verifiers = [self._verify_files] * min(FILES_AT_ONCE, len(self._files))
         threads = [
             threading.Thread(target=self._guarded, args=(w,), daemon=True) for w in readers + verifiers
@@ -176,7 +200,7 @@ class _Round:
             with self._lock:
                 if not self._ranges:
                     return
-                _, file, start, end = self._ranges.popleft()
+                file, start, end = self._ranges.take()
             try:
                 self._read(file, start, end)
             except _RangesIgnored:
@@ -220,7 +244,8 @@ class _Round:
                 self._heard[me] = reply.body, time.monotonic()
                 if self._stop.is_set():
                     raise Stopped
-                moved = file.take(reply.body, position, min(end - position, BLOCK_BYTES))
+                block_end = min(end, position // BLOCK_BYTES * BLOCK_BYTES + BLOCK_BYTES)
+                moved = file.take(reply.body, position, block_end - position)
                 if not moved:
                     raise Transient("the connection was closed early")
                 position += moved

@@ -1,14 +1,19 @@
-/* Moves what comes over a connection into a file, through a buffer that stays in the processor's cache. It is C because
- * a Python thread would ask for the interpreter's lock, which all connections share, four times for every buffer. */
+/* Moves what comes over a connection into a file, through a buffer. It is C because a Python thread would ask for the
+ * interpreter's lock, which all connections share, four times for every buffer. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <poll.h>
+#include <pthread.h>
 #include <stdint.h>
+#include <stdlib.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
 
-#define BUFFER_BYTES (256 << 10)
+/* One write of this size, at a multiple of it, gets one huge page of the page cache. Measured on ext4 (Linux 6.18):
+ * eight times less processor time than writes of 256 KiB, and a file takes only one write at a time. */
+#define BUFFER_BYTES (2 << 20)
 /* Who waits for the bytes is told of them this often, however slowly they come. */
 #define PATIENCE_MS 250
 
@@ -19,6 +24,26 @@ static int64_t now_ms(void)
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
+}
+
+static pthread_key_t buffers;
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+static void make_key(void)
+{
+    pthread_key_create(&buffers, free);
+}
+
+/* This thread's buffer, which goes when the thread does; null without memory for it. */
+static char *buffer_of_thread(void)
+{
+    pthread_once(&once, make_key);
+    char *buffer = pthread_getspecific(buffers);
+    if (!buffer && (buffer = aligned_alloc(BUFFER_BYTES, BUFFER_BYTES))) {
+        madvise(buffer, BUFFER_BYTES, MADV_HUGEPAGE);
+        pthread_setspecific(buffers, buffer);
+    }
+    return buffer;
 }
 
 static int write_fully(int file, const char *data, int64_t size, int64_t offset)
@@ -48,10 +73,10 @@ static int wait_readable(int connection, int timeout_ms)
 __attribute__((visibility("default"))) int64_t mover_move(int connection, int file, int64_t offset, int64_t count,
                                                           int timeout_ms, int *state, int *code)
 {
-    static __thread char buffer[BUFFER_BYTES];
+    char *buffer = buffer_of_thread();
     int64_t moved = 0, give_up = now_ms() + PATIENCE_MS;
-    *state = MORE;
-    *code = 0;
+    *state = buffer ? MORE : FILE_FAILED;
+    *code = buffer ? 0 : ENOMEM;
     while (moved < count && *state == MORE && (moved == 0 || now_ms() < give_up)) {
         int64_t wanted = count - moved < BUFFER_BYTES ? count - moved : BUFFER_BYTES, filled = 0;
         while (filled < wanted) {
