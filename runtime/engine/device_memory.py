@@ -16,6 +16,7 @@ from functools import partial
 import torch
 
 from runtime.engine.memory import available_bytes
+from runtime.engine.pace import uncollected
 from runtime.protocol import SleepLevel
 from runtime.weights.cuda_driver import CudaError, Driver
 from runtime.weights.host_copy import HostCopy
@@ -24,8 +25,9 @@ from runtime.weights.virtual_memory import VirtualMemory
 
 _ALLOCATE = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
 _FREE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
-# torch keeps the bare addresses of a pool's functions, and calls them as long as the process lives.
-_functions: list[object] = []
+# torch keeps the bare addresses of a pool's allocator and functions, and calls them when the last of what
+# was allocated there is freed: that can be after the pool is gone.
+_called_by_torch: list[object] = []
 # What must be left of the host's memory beside a copy of the weights.
 _HOST_RESERVE_BYTES = 2 << 30
 
@@ -36,10 +38,10 @@ class Pool:
     def __init__(self, driver: Driver) -> None:
         self.regions: dict[int, VirtualMemory] = {}
         functions = _ALLOCATE(partial(_allocate, driver, self.regions)), _FREE(partial(_free, self.regions))
-        _functions.extend(functions)
         allocate, free = (ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions)
-        self._allocator = torch._C._cuda_customAllocator(allocate, free)
-        self._pool = torch.cuda.MemPool(self._allocator)
+        allocator = torch._C._cuda_customAllocator(allocate, free)
+        _called_by_torch.extend((allocator, *functions))
+        self._pool = torch.cuda.MemPool(allocator)
 
     @property
     def id(self) -> tuple[int, int]:
@@ -49,7 +51,7 @@ class Pool:
     @contextmanager
     def use(self) -> Iterator[None]:
         """What this thread allocates on the device meanwhile lies in the pool."""
-        with torch.cuda.use_mem_pool(self._pool):
+        with uncollected(), torch.cuda.use_mem_pool(self._pool):
             yield
 
 

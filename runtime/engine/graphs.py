@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from runtime.engine.pace import uncollected
 from runtime.kernels.adopted import adopted
 
 # A capture keeps the host busy for some hundredths of a second. While requests wait for tokens there is
@@ -33,12 +34,6 @@ class DecodeGraphs:
         self._pool: Any = None
         self._warm: set[int] = set()
         self._since_capture = 0
-
-    def __del__(self) -> None:
-        # torch ends the process if a pool goes while graphs lie in it, and where all goes at once, as in a
-        # cycle of references, the pool could be first.
-        for graph, _ in self._graphs.values():
-            graph.reset()
 
     @staticmethod
     def sizes(max_size: int) -> list[int]:
@@ -93,9 +88,10 @@ class DecodeGraphs:
             self.run(size)
         self._pool = self._pool or self._make_pool()
         graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-        output = self._forward(size).contiguous()
-        graph.capture_end()
+        with uncollected():
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            output = self._forward(size).contiguous()
+            graph.capture_end()
         # The graph keeps its memory, and the output's is free for the other graphs.
         lent = adopted(output.data_ptr(), output.nbytes).view(output.dtype).view(output.shape)
         self._graphs[size] = graph, lent

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # Whoever brings the weights waits for Python's lock between two calls, which torch's import lets go of this
 # often: it must not be the weights that a start waits for. The other is Python's own.
@@ -21,3 +23,19 @@ def settle() -> None:
     gc.freeze()
     gc.enable()
     sys.setswitchinterval(_SERVING_SWITCH_S)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Nothing that is only held by cycles of references is freed meanwhile.
+
+    torch ends the process if a memory pool, say of an engine that nobody needs any more, goes while
+    allocations or a capture of this process are directed into another one.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
