@@ -55,6 +55,11 @@ class LinearWeights:
         self.parts_address = ctypes.addressof(self._parts)
 
     @property
+    def read_first(self) -> torch.Tensor:
+        """What products begin to read."""
+        return self.weights[0]
+
+    @property
     def _is_one_narrow_matrix(self) -> bool:
         (first, *others) = self.weights
         narrow = first.dtype in (torch.float16, torch.bfloat16)

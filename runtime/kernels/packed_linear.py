@@ -37,6 +37,11 @@ class PackedLinear:
         """Columns of y."""
         return self.matrix.out_features
 
+    @property
+    def read_first(self) -> torch.Tensor:
+        """What products begin to read."""
+        return self.matrix.values
+
 
 def packed_linear(x: torch.Tensor, weights: PackedLinear, with_silu_mul: bool = False) -> torch.Tensor:
     """x [m, in_features], 16 bits wide -> [m, out_features], or silu(gate) * up of its two halves."""

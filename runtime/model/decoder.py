@@ -57,11 +57,11 @@ class DecoderLayer:
     ) -> None:
         # Without norms of their own, the ranks' parts are added up by the norm that comes next.
         adds_up = None if f"{prefix}attention_output_norm" in weights else group
-        self.attention_norm = RMSNorm(config, weights, f"{prefix}attention_norm", adds_up)
         self.attention = attention
-        self.attention_output_norm = OutputNorm(config, weights, f"{prefix}attention_output_norm", group)
-        self.mlp_norm = RMSNorm(config, weights, f"{prefix}mlp_norm", adds_up)
         self.mlp = MLP(weights, prefix, config.activation, adds_bias(group))
+        self.attention_norm = RMSNorm(config, weights, f"{prefix}attention_norm", adds_up, attention.qkv)
+        self.attention_output_norm = OutputNorm(config, weights, f"{prefix}attention_output_norm", group)
+        self.mlp_norm = RMSNorm(config, weights, f"{prefix}mlp_norm", adds_up, self.mlp.gate_up)
         self.mlp_output_norm = OutputNorm(config, weights, f"{prefix}mlp_output_norm", group)
 
     def attend(
@@ -103,8 +103,8 @@ class Decoder:
         self.layers = _layers(config, weights, max_model_len, self.embedding.table.device, group)
         # Where norms add up the ranks' parts, they are what the residual stream comes from.
         self.group = self.layers[-1].mlp_norm.group
-        self.norm = RMSNorm(config, weights, "norm", self.group)
         self.head = Head(config, weights, group)
+        self.norm = RMSNorm(config, weights, "norm", self.group, self.head.weights)
         self.log_n: torch.Tensor | None = None
         if config.log_n_length is not None and config.log_n_length < max_model_len:
             table = log_n_table(config.log_n_length, max_model_len).repeat(self.num_position_tables)

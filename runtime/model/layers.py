@@ -95,17 +95,28 @@ class Embedding:
 
 
 class RMSNorm:
-    """Residual addition and RMSNorm in one pass. With a group, x is a rank's part of what is added."""
+    """Residual addition and RMSNorm in one pass. With a group, x is a rank's part of what is added.
 
-    def __init__(self, config: ModelConfig, weights: Weights, name: str, group: Group | None = None) -> None:
+    `before` is the projection that the result goes to.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        name: str,
+        group: Group | None = None,
+        before: LinearWeights | PackedLinear | None = None,
+    ) -> None:
         self.weight = norm_weight(config, weights, name)
         self.eps = config.rms_norm_eps
         self.group = group
+        self.upcoming = None if before is None else before.read_first
 
     def __call__(self, x: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor:
         """residual += x in place; returns the normed residual. All [T, hidden_size]."""
         if x is not None and self.group is not None:
-            return self.group.add_rms_norm(x, residual, self.weight, self.eps)
+            return self.group.add_rms_norm(x, residual, self.weight, self.eps, self.upcoming)
         return add_rms_norm(x, residual, self.weight, self.eps)
 
 

@@ -39,9 +39,17 @@ class Group:
         return x
 
     def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        upcoming: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As `kernels.norm.add_rms_norm` with the sum of all ranks' x; residual is the same everywhere."""
+        """As `kernels.norm.add_rms_norm` with the sum of all ranks' x; residual is the same everywhere.
+
+        `upcoming` are weights that are read next; they may be fetched while the sum is under way.
+        """
         return add_rms_norm(self.all_reduce(x), residual, weight, eps)
 
     def whole(self, residual: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -16,17 +16,16 @@ import torch
 
 from runtime.errors import FirstlightError
 from runtime.kernels.adopted import adopted
-from runtime.kernels.gpu.all_reduce import (
+from runtime.kernels.gpu.all_reduce import gather, one_shot, two_shot
+from runtime.kernels.gpu.inboxes import (
     Inboxes,
     fill_with_marks,
-    gather,
     gather_blocks,
     gather_elements,
-    one_shot,
     one_shot_elements,
-    two_shot,
     two_shot_elements,
 )
+from runtime.kernels.gpu.prefetch import can_prefetch
 from runtime.parallel.group import Group
 from runtime.parallel.ranks import Ranks
 
@@ -36,6 +35,8 @@ ONE_SHOT_ROWS = 32
 TWO_SHOT_ROWS = 2048
 # Of so many rows the logits are gathered in the same way.
 GATHERED_ROWS = 16
+# Sums of more rows leave too little of the time until the product is done, and of the cache.
+_PREFETCH_ROWS = 256
 _LAZY_PEER_ACCESS = 1
 
 
@@ -61,6 +62,7 @@ class PeerGroup(Group):
         self.few: Inboxes | None = None
         self.many: Inboxes | None = None
         self.rows: Inboxes | None = None
+        self._prefetches = can_prefetch()
 
     def prepare(self, hidden_size: int, vocab_size: int, dtype: torch.dtype) -> None:
         """See `Group.prepare`. Where GPUs cannot reach each other's memory, all is left to NCCL."""
@@ -138,19 +140,26 @@ class PeerGroup(Group):
         return x
 
     def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        upcoming: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `Group.add_rms_norm`. Of many rows, this rank's residual holds only some; see `whole`."""
         rows = x.shape[0]
         if self.few is None or self.many is None or not rows:
             return super().add_rms_norm(x, residual, weight, eps)
         out = torch.empty_like(x)
+        if rows > _PREFETCH_ROWS or not self._prefetches:
+            upcoming = None
         if rows <= ONE_SHOT_ROWS:
-            return one_shot(x, self.few, out, (residual, weight, eps))
+            return one_shot(x, self.few, out, (residual, weight, eps), upcoming)
         step = self.many.max_rows
         for start in range(0, rows, step):
             part = slice(start, start + step)
-            two_shot(x[part], self.many, out[part], (residual[part], weight, eps))
+            two_shot(x[part], self.many, out[part], (residual[part], weight, eps), upcoming)
         return out
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:

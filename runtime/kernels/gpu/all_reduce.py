@@ -16,96 +16,51 @@ is not through is under way everywhere.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from runtime.kernels.gpu.inboxes import GATHER_BLOCK, SLOTS, Inboxes
 from runtime.kernels.gpu.launch import cdiv, kernel, next_power_of_2
+from runtime.kernels.gpu.prefetch import PROGRAM_BYTES, prefetch, prefetch_programs
 
-SLOTS = 3
-_GATHER_BLOCK = 1024
+Norm = tuple[torch.Tensor, torch.Tensor, float]
 _SLOTS = tl.constexpr(SLOTS)
-
-
-@dataclass(frozen=True, slots=True)
-class Inboxes:
-    """All ranks' inboxes for up to `max_rows` rows of `width` elements.
-
-    `addresses` [world_size] int64 are where they begin, in this rank's address space, and `turns` is where
-    this rank's rows are in taking turns, int32, zeros to begin with: one for each row or, for `gather`, for
-    each of its blocks. The inboxes are filled with marks to begin with.
-    """
-
-    addresses: torch.Tensor
-    turns: torch.Tensor
-    rank: int
-    max_rows: int
-    width: int
-
-    @property
-    def world_size(self) -> int:
-        """How many ranks there are."""
-        return int(self.addresses.shape[0])
-
-
-def one_shot_elements(world_size: int, max_rows: int, hidden_size: int) -> int:
-    """The size of an inbox for `one_shot`: each rank's rows in each slot."""
-    return SLOTS * world_size * max_rows * hidden_size
-
-
-def two_shot_elements(max_rows: int, hidden_size: int) -> int:
-    """The size of an inbox for `two_shot`: each rank's part of the own rows, and all rows' results."""
-    return SLOTS * 2 * max_rows * hidden_size
-
-
-def gather_elements(world_size: int, max_rows: int, width: int) -> int:
-    """The size of an inbox for `gather`: each rank's rows in each slot."""
-    return SLOTS * world_size * max_rows * width
-
-
-def gather_blocks(max_rows: int, width: int) -> int:
-    """How many turns `gather` counts."""
-    return max_rows * cdiv(width, _GATHER_BLOCK)
-
-
-def fill_with_marks(inbox: torch.Tensor) -> None:
-    """Make an inbox ready, before anybody writes to it."""
-    # As integers: on a GPU, filling with either zero may come to clearing the memory.
-    kind = torch.int16 if inbox.element_size() == 2 else torch.int32
-    inbox.view(kind).fill_(torch.iinfo(kind).min)
 
 
 def one_shot(
     x: torch.Tensor,
     inboxes: Inboxes,
     out: torch.Tensor,
-    norm: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+    norm: Norm | None = None,
+    upcoming: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The sum of all ranks' x to out or, with `norm`, what follows from it: every rank reads all of it.
 
-    x, out  [m, hidden_size], m <= max_rows
-    norm    residual [m, hidden_size], weight [hidden_size], eps: residual += sum;
-            out = residual / rms(residual) * weight
+    x, out    [m, hidden_size], m <= max_rows
+    norm      residual [m, hidden_size], weight [hidden_size], eps: residual += sum;
+              out = residual / rms(residual) * weight
+    upcoming  weights that the product after this begins to read, if they are to be fetched meanwhile
 
     Every rank adds in the same order, in float32, so that all get the same bits. Returns out.
     """
-    return _add_up(_one_shot_kernel, x, inboxes, out, norm)
+    return _add_up(_one_shot_kernel, x, inboxes, out, norm, upcoming)
 
 
 def two_shot(
     x: torch.Tensor,
     inboxes: Inboxes,
     out: torch.Tensor,
-    norm: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+    norm: Norm | None = None,
+    upcoming: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Like `one_shot`, but row r is added up, and normed, by rank r % world_size alone, for everyone.
 
     Only that rank's `residual` holds row r afterwards.
     """
-    return _add_up(_two_shot_kernel, x, inboxes, out, norm)
+    return _add_up(_two_shot_kernel, x, inboxes, out, norm, upcoming)
 
 
 def _add_up(
@@ -113,27 +68,32 @@ def _add_up(
     x: torch.Tensor,
     inboxes: Inboxes,
     out: torch.Tensor,
-    norm: tuple[torch.Tensor, torch.Tensor, float] | None,
+    norm: Norm | None,
+    upcoming: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Launch one of the two kernels, one program a row; returns out."""
+    """Launch one of the two kernels, one program a row and some for what is upcoming; returns out."""
     m, hidden_size = x.shape
     block = next_power_of_2(hidden_size)
     residual, weight, eps = norm or (x, x, 0.0)
-    way[(m,)](
+    extra = prefetch_programs(upcoming)
+    way[(m + extra,)](
         x,
         residual,
         weight,
         out,
         inboxes.addresses,
         inboxes.turns,
+        x if upcoming is None else upcoming,
         eps,
         inboxes.rank,
         inboxes.max_rows,
+        m,
         WORLD_SIZE=inboxes.world_size,
         PADDED_SIZE=next_power_of_2(inboxes.world_size),
         HIDDEN_SIZE=hidden_size,
         BLOCK=block,
         NORM=norm is not None,
+        PREFETCH=PROGRAM_BYTES if extra else 0,
         num_warps=_warps(block),
     )
     return out
@@ -146,7 +106,7 @@ def gather(x: torch.Tensor, inboxes: Inboxes, out: torch.Tensor) -> torch.Tensor
     out  [m, world_size * width] float32, which is returned
     """
     m, width = x.shape
-    _gather_kernel[(m, cdiv(width, _GATHER_BLOCK))](
+    _gather_kernel[(m, cdiv(width, GATHER_BLOCK))](
         x,
         out,
         inboxes.addresses,
@@ -156,7 +116,7 @@ def gather(x: torch.Tensor, inboxes: Inboxes, out: torch.Tensor) -> torch.Tensor
         inboxes.max_rows,
         WORLD_SIZE=inboxes.world_size,
         PADDED_SIZE=next_power_of_2(inboxes.world_size),
-        BLOCK=_GATHER_BLOCK,
+        BLOCK=GATHER_BLOCK,
         num_warps=4,
     )
     return out
@@ -224,7 +184,7 @@ def _normed(total, residual, weight, residual_ptrs, mask, eps, HIDDEN_SIZE: tl.c
 
 
 @kernel
-@triton.jit(do_not_specialize=["rank", "max_rows"])
+@triton.jit(do_not_specialize=["rank", "max_rows", "num_rows"])
 def _one_shot_kernel(
     x_ptr,
     residual_ptr,
@@ -232,16 +192,23 @@ def _one_shot_kernel(
     out_ptr,
     addresses_ptr,
     turns_ptr,
+    upcoming_ptr,
     eps,
     rank,
     max_rows,
+    num_rows,
     WORLD_SIZE: tl.constexpr,
     PADDED_SIZE: tl.constexpr,
     HIDDEN_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     NORM: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):
     row = tl.program_id(0)
+    if PREFETCH:
+        if row >= num_rows:
+            prefetch(upcoming_ptr, row - num_rows, PREFETCH)
+            return
     column = tl.arange(0, BLOCK)
     mask = column < HIDDEN_SIZE
     here = row.to(tl.int64) * HIDDEN_SIZE + column
@@ -270,7 +237,7 @@ def _one_shot_kernel(
 
 
 @kernel
-@triton.jit(do_not_specialize=["rank", "max_rows"])
+@triton.jit(do_not_specialize=["rank", "max_rows", "num_rows"])
 def _two_shot_kernel(
     x_ptr,
     residual_ptr,
@@ -278,16 +245,23 @@ def _two_shot_kernel(
     out_ptr,
     addresses_ptr,
     turns_ptr,
+    upcoming_ptr,
     eps,
     rank,
     max_rows,
+    num_rows,
     WORLD_SIZE: tl.constexpr,
     PADDED_SIZE: tl.constexpr,
     HIDDEN_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     NORM: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):
     row = tl.program_id(0)
+    if PREFETCH:
+        if row >= num_rows:
+            prefetch(upcoming_ptr, row - num_rows, PREFETCH)
+            return
     owner = row % WORLD_SIZE
     column = tl.arange(0, BLOCK)
     mask = column < HIDDEN_SIZE
@@ -370,9 +344,7 @@ def _gather_kernel(
     tl.store(turns_ptr + block, (turn + 1) % _SLOTS)
 
 
-def all_reduce_torch(
-    parts: list[torch.Tensor], norm: tuple[torch.Tensor, torch.Tensor, float] | None = None
-) -> torch.Tensor:
+def all_reduce_torch(parts: list[torch.Tensor], norm: Norm | None = None) -> torch.Tensor:
     """The plain twin of `one_shot` and `two_shot`, given all ranks' x."""
     total = torch.stack([part.float() for part in parts]).sum(0)
     if norm is None:

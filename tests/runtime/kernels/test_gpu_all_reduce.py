@@ -10,16 +10,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from runtime.kernels.gpu.all_reduce import (
+from runtime.kernels.gpu.all_reduce import all_reduce_torch, gather, one_shot, two_shot
+from runtime.kernels.gpu.inboxes import (
     Inboxes,
-    all_reduce_torch,
     fill_with_marks,
-    gather,
     gather_blocks,
     gather_elements,
-    one_shot,
     one_shot_elements,
-    two_shot,
     two_shot_elements,
 )
 
