@@ -23,12 +23,12 @@ from runtime.engine.scheduler import Scheduled
 from runtime.engine.sequence import Sequence
 from runtime.engine.staging import Staging, to_device
 from runtime.engine.step import TokenMasks
+from runtime.engine.step_parts import MIN_ROWS_IN_HALVES, PART_ARRAYS, StepPart
 from runtime.kernels.batch import DeviceBatch
 from runtime.kernels.gpu.attention_decode import decode_workspace, splits_for
 from runtime.kernels.gpu.attention_prefill import (
     prefill_splits,
     prefill_tile,
-    prefill_work_items,
     prefill_workspace,
 )
 from runtime.kernels.gpu.attention_tile import Workspace
@@ -180,7 +180,7 @@ class DeviceRunner:
         table, rows = self._table, self._rows[:size]
         apply_updates(self._updates[:size], self._num_updates, table.block_tables)
         self._prepare(rows)
-        return self.decoder.forward(self._batch(size, size), self._cache)
+        return self.decoder.forward(self._batch(StepPart(0, size)), self._cache)
 
     def _prepare(self, rows: torch.Tensor) -> None:
         n, table = rows.shape[0], self._table
@@ -192,32 +192,28 @@ class DeviceRunner:
             # Padding, -1, finds the last row, which is nobody's.
             self._positions[:n] += table.position_base[rows]
 
-    def _batch(
-        self,
-        num_tokens: int,
-        num_decodes: int,
-        prefill: tuple[torch.Tensor, ...] | None = None,
-        prefill_splits: int = 1,
-    ) -> DeviceBatch:
-        none = self._rows[:0]
-        query_start, seq_lens, table_rows, work_items, logits_rows = prefill or (none, none, none, none, None)
+    def _batch(self, part: StepPart, prompts: tuple[torch.Tensor, ...] = ()) -> DeviceBatch:
+        """A step or one half of it; `prompts` are what `StepPart.arrays` gave, on the device."""
+        tokens, n, none = slice(part.start, part.stop), part.num_decodes, self._rows[:0]
+        query_start, seq_lens, table_rows, work_items, *rest = prompts or [none] * 4
+        lengths = [item.start + item.num_new for item in part.prompts]
+        splits = 1
+        if lengths:
+            num_items = len(work_items) // 2
+            splits = prefill_splits(num_items, self._config.num_kv_heads, max(lengths), self._num_sms)
         return DeviceBatch(
-            token_ids=self._token_ids[:num_tokens],
-            positions=self._positions[:num_tokens],
-            slots=self._slots[:num_tokens],
+            token_ids=self._token_ids[tokens],
+            positions=self._positions[tokens],
+            slots=self._slots[tokens],
             query_start=query_start,
-            seq_lens=torch.cat((self._seq_lens[:num_decodes], seq_lens))
-            if prefill
-            else self._seq_lens[:num_decodes],
+            seq_lens=torch.cat((self._seq_lens[:n], seq_lens)) if prompts else self._seq_lens[:n],
             block_tables=self._table.block_tables,
             work_items=work_items.view(-1, 2),
-            logits_rows=logits_rows,
-            table_rows=torch.cat((self._rows[:num_decodes], table_rows))
-            if prefill
-            else self._rows[:num_decodes],
-            num_decodes=num_decodes,
-            decode_splits=self._decode_splits(max(1, num_decodes)),
-            prefill_splits=prefill_splits,
+            logits_rows=rest[0] if rest else None,
+            table_rows=torch.cat((self._rows[:n], table_rows)) if prompts else self._rows[:n],
+            num_decodes=n,
+            decode_splits=self._decode_splits(max(1, n)),
+            prefill_splits=splits,
             workspace=self._workspace,
         )
 
@@ -229,14 +225,10 @@ class DeviceRunner:
         The logits have a row for each of them, but for a prompt that is scored a row for each new token.
         """
         n = len(decodes)
-        counts = [item.num_new for item in others]
-        ends = np.cumsum([n, *counts])
-        lengths = [item.start + item.num_new for item in others]
-        items = prefill_work_items(counts, lengths, self._tile)
+        parts = self._parts(n, others)
         entering = [item for item in others if item.samples]
         (
-            rows, new_blocks, count, token_ids, positions, slots, query_start, seq_lens, table_rows,
-            work_items, logits_rows, new_lengths, bases, records,
+            rows, new_blocks, count, token_ids, positions, slots, new_lengths, bases, records, *prompts,
         ) = self._staging.send([
             [item.sequence.slot for item in (*decodes, *entering)],
             np.array(updates, np.int32),
@@ -246,31 +238,40 @@ class DeviceRunner:
                 i.sequence.position_base + np.arange(i.start, i.start + i.num_new) for i in others
             ]),
             np.concatenate([self._slots_of(item) for item in others]),
-            ends,
-            lengths,
-            [item.sequence.slot for item in others],
-            items,
-            [*range(n), *_logits_rows(others, ends)],
             [item.start + item.num_new for item in entering],
             [item.sequence.position_base for item in entering],
             self._sampler.records([item.sequence for item in entering]),
+            *(array for part in parts for array in part.arrays(self._tile)),
         ])  # fmt: skip
         self._sampler.enter([item.sequence for item in entering], rows[n:], records)
         if self.decoder.num_position_tables > 1:
             self._table.position_base[rows[n:]] = bases
         if updates:
             apply_updates(new_blocks.view(-1, 3), count, self._table.block_tables)
-        total = int(ends[-1])
+        total = parts[-1].stop
         if n:
             self._rows[:n].copy_(rows[:n])
             self._prepare(rows[:n])
         self._token_ids[n:total].copy_(token_ids)
         self._positions[n:total].copy_(positions)
         self._slots[n:total].copy_(slots)
-        splits = prefill_splits(len(items), self._config.num_kv_heads, max(lengths), self._num_sms)
-        batch = self._batch(total, n, (query_start, seq_lens, table_rows, work_items, logits_rows), splits)
         sampled_lengths = torch.cat((self._seq_lens[:n], new_lengths))
-        return rows, sampled_lengths, self.decoder.forward(batch, self._cache)
+        batches = [
+            self._batch(part, tuple(prompts[at : at + PART_ARRAYS]))
+            for part, at in zip(parts, range(0, len(prompts), PART_ARRAYS), strict=True)
+        ]
+        if len(batches) == 1 or self.decoder.halves is None:
+            return rows, sampled_lengths, self.decoder.forward(batches[0], self._cache)
+        first, second = batches
+        return rows, sampled_lengths, self.decoder.halves.forward((first, second), self._cache)
+
+    def _parts(self, num_decodes: int, prompts: Rows[Scheduled]) -> list[StepPart]:
+        """The step as a whole, or its two halves where that is faster."""
+        whole = StepPart(0, num_decodes, prompts)
+        halves = self.decoder.halves
+        if halves is None or not MIN_ROWS_IN_HALVES <= whole.stop <= 2 * halves.max_rows:
+            return [whole]
+        return whole.halves()
 
     def _score_prompts(
         self, num_decodes: int, others: Rows[Scheduled], logits: torch.Tensor
@@ -297,14 +298,3 @@ class DeviceRunner:
         blocks = np.asarray(item.sequence.table.block_ids, np.int64)
         span = np.arange(item.start, item.start + item.num_new)
         return blocks[span // self._block_size] * self._block_size + span % self._block_size
-
-
-def _logits_rows(others: Rows[Scheduled], ends: np.ndarray) -> list[int]:
-    """The tokens after which logits are wanted: the last of each that samples, all of a scored prompt."""
-    rows: list[int] = []
-    for item, end in zip(others, ends[1:].tolist(), strict=True):
-        if item.scores_prompt:
-            rows.extend(range(end - item.num_new, end))
-        elif item.samples:
-            rows.append(end - 1)
-    return rows

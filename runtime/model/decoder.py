@@ -21,6 +21,7 @@ from runtime.model.layers import (
     Weights,
     adds_bias,
 )
+from runtime.model.overlap import Halves
 from runtime.model.rope import alibi_slopes, cos_sin_table, log_n_table
 
 if TYPE_CHECKING:
@@ -30,13 +31,16 @@ if TYPE_CHECKING:
 class CausalLM(Protocol):
     """What the engine runs: `Decoder`, or a model of another kind with the same interface.
 
-    `capturable` says whether a decode step may be captured in a CUDA graph.
+    `capturable` says whether a decode step may be captured in a CUDA graph; `halves` is how long steps are
+    computed, None if like all others.
     """
 
     @property
     def config(self) -> ModelConfig: ...
     @property
     def capturable(self) -> bool: ...
+    @property
+    def halves(self) -> Halves | None: ...
     @property
     def num_position_tables(self) -> int: ...
 
@@ -105,6 +109,8 @@ class Decoder:
         self.group = self.layers[-1].mlp_norm.group
         self.head = Head(config, weights, group)
         self.norm = RMSNorm(config, weights, "norm", self.group, self.head.weights)
+        sums = None if self.group is None else self.group.halves
+        self.halves = None if sums is None else Halves(self, sums)
         self.log_n: torch.Tensor | None = None
         if config.log_n_length is not None and config.log_n_length < max_model_len:
             table = log_n_table(config.log_n_length, max_model_len).repeat(self.num_position_tables)
@@ -124,10 +130,14 @@ class Decoder:
         rope = self.config.rope
         return 0 if rope is None else rope.doublings(num_prompt) * self.max_model_len
 
+    def query_scale(self, batch: PackedBatch) -> torch.Tensor | None:
+        """What queries are multiplied by, [T]; None for nothing."""
+        return None if self.log_n is None else self.log_n[batch.positions]
+
     def forward(self, batch: PackedBatch, cache: Sequence[LayerCache]) -> torch.Tensor:
         """The logits after `batch.logits_rows`, [R, vocab_size] float32."""
         residual = self.embedding(batch.token_ids)
-        query_scale = None if self.log_n is None else self.log_n[batch.positions]
+        query_scale = self.query_scale(batch)
         x: torch.Tensor | None = None
         *layers, last = zip(self.layers, cache, strict=True)
         for layer, layer_cache in layers:
@@ -139,9 +149,13 @@ class Decoder:
             # Past the last layer's attention, only the rows whose next token is wanted matter.
             rows = batch.logits_rows
             x, residual = x[rows], residual[rows] if self.group is None else self.group.whole(residual, rows)
+        return self.finish(x, residual)
+
+    def finish(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """What comes after the last layer's attention, whose contribution is x; both [R, hidden_size]."""
         if not residual.shape[0]:
             return residual.new_empty((0, self.config.vocab_size), dtype=torch.float32)
-        x = layer.transform(x, residual)
+        x = self.layers[-1].transform(x, residual)
         return self.head(self.norm(x, residual))
 
 

@@ -55,6 +55,7 @@ class FallbackDecoder:
     """A model of transformers with the interface of `Decoder`."""
 
     num_position_tables = 1
+    halves = None
     # Many of the classes do what a captured graph cannot hold.
     capturable = False
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -171,13 +171,20 @@ class Attention:
             self.head_norms = q_norm, k_norm
 
     def __call__(
-        self, x: torch.Tensor, batch: PackedBatch, query_scale: torch.Tensor | None, cache: LayerCache
+        self,
+        x: torch.Tensor,
+        batch: PackedBatch,
+        query_scale: torch.Tensor | None,
+        cache: LayerCache,
+        between: Callable[[], None] | None = None,
     ) -> torch.Tensor:
         """[T, hidden_size] -> [T, hidden_size], in a group this rank's part of the sum.
 
-        The new keys and values go into the cache.
+        The new keys and values go into the cache. `between` is called after the first product.
         """
         qkv = linear(x, self.qkv)
+        if between is not None:
+            between()
         if self.head_norms is not None:
             head_rms_norm(qkv, *self.head_norms, self.eps, self.form.num_heads)
         rotary_store(
@@ -196,12 +203,17 @@ class MLP:
         self.down = linear_weights(weights, f"{prefix}down", adds_bias)
         self.activation = activation
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, hidden_size] -> [T, hidden_size], in a group this rank's part of the sum."""
+    def __call__(self, x: torch.Tensor, between: Callable[[], None] | None = None) -> torch.Tensor:
+        """[T, hidden_size] -> [T, hidden_size], in a group this rank's part of the sum.
+
+        `between` is called after the first product.
+        """
         if self.activation == "silu":
             gated = silu_linear(x, self.gate_up)
         else:
             gated = gelu_tanh_mul(linear(x, self.gate_up))
+        if between is not None:
+            between()
         return linear(gated, self.down)
 
 

@@ -5,7 +5,7 @@ This is the plain way, through torch.distributed: gloo between CPUs, NCCL betwee
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._C import _distributed_c10d as c10d
@@ -13,12 +13,18 @@ from torch._C import _distributed_c10d as c10d
 from runtime.kernels.norm import add_rms_norm
 from runtime.parallel.ranks import Ranks
 
+if TYPE_CHECKING:
+    from runtime.parallel.halves import Half
+
 
 class Group:
     """One rank's end of the group. All ranks must call the same methods in the same order.
 
-    `backend` is one of torch's process groups, used directly: nothing global is set up.
+    `backend` is one of torch's process groups, used directly: nothing global is set up. `halves` is for the
+    sums of long steps (`model/overlap.py`), None where all are done at once.
     """
+
+    halves: tuple[Half, Half] | None = None
 
     def __init__(self, backend: Any, ranks: Ranks) -> None:
         self.backend = backend

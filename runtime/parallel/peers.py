@@ -27,12 +27,15 @@ from runtime.kernels.gpu.inboxes import (
 )
 from runtime.kernels.gpu.prefetch import can_prefetch
 from runtime.parallel.group import Group
+from runtime.parallel.halves import Copies, Half, HalfMemory
 from runtime.parallel.ranks import Ranks
 
 # Up to here every rank reads everyone's rows; beyond, each row is added up by one rank for all.
 ONE_SHOT_ROWS = 32
 # Longer sums are cut into pieces of so many rows, which is what the inboxes are made for.
 TWO_SHOT_ROWS = 2048
+# The halves of a long step have at most so many rows.
+HALF_ROWS = 4096
 # Of so many rows the logits are gathered in the same way.
 GATHERED_ROWS = 16
 # Sums of more rows leave too little of the time until the product is done, and of the cache.
@@ -73,6 +76,7 @@ class PeerGroup(Group):
         sizes = (
             2 * one_shot_elements(world_size, ONE_SHOT_ROWS, hidden_size),
             2 * two_shot_elements(many, hidden_size),
+            *[HalfMemory.num_bytes(world_size, HALF_ROWS, hidden_size)] * 2,
             4 * gather_elements(world_size, GATHERED_ROWS, share),
         )
         addresses = self._share(sizes)
@@ -81,7 +85,13 @@ class PeerGroup(Group):
         self.few = self._inboxes(addresses[0], ONE_SHOT_ROWS, ONE_SHOT_ROWS, hidden_size)
         self.many = self._inboxes(addresses[1], many, many, hidden_size)
         blocks = gather_blocks(GATHERED_ROWS, share)
-        self.rows = self._inboxes(addresses[2], GATHERED_ROWS, blocks, share)
+        self.rows = self._inboxes(addresses[4], GATHERED_ROWS, blocks, share)
+        wire = Copies(self._driver)
+        first, second = (
+            HalfMemory(each, adopted(each[self.rank], sizes[2]), self.rank, HALF_ROWS, hidden_size, dtype)
+            for each in addresses[2:4]
+        )
+        self.halves = Half(wire, first), Half(wire, second)
 
     def _inboxes(self, addresses: list[int], max_rows: int, num_turns: int, width: int) -> Inboxes:
         at = torch.tensor(addresses, dtype=torch.int64, device="cuda")

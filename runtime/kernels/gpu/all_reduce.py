@@ -24,7 +24,7 @@ import triton.language as tl
 
 from runtime.kernels.gpu.inboxes import GATHER_BLOCK, SLOTS, Inboxes
 from runtime.kernels.gpu.launch import cdiv, kernel, next_power_of_2
-from runtime.kernels.gpu.prefetch import PROGRAM_BYTES, prefetch, prefetch_programs
+from runtime.kernels.gpu.prefetch import CHUNK_BYTES, prefetch, prefetch_programs
 
 Norm = tuple[torch.Tensor, torch.Tensor, float]
 _SLOTS = tl.constexpr(SLOTS)
@@ -75,7 +75,8 @@ def _add_up(
     m, hidden_size = x.shape
     block = next_power_of_2(hidden_size)
     residual, weight, eps = norm or (x, x, 0.0)
-    extra = prefetch_programs(upcoming)
+    num_warps = row_warps(block)
+    extra, stride = prefetch_programs(upcoming, num_warps)
     way[(m + extra,)](
         x,
         residual,
@@ -88,13 +89,14 @@ def _add_up(
         inboxes.rank,
         inboxes.max_rows,
         m,
+        stride,
         WORLD_SIZE=inboxes.world_size,
         PADDED_SIZE=next_power_of_2(inboxes.world_size),
         HIDDEN_SIZE=hidden_size,
         BLOCK=block,
         NORM=norm is not None,
-        PREFETCH=PROGRAM_BYTES if extra else 0,
-        num_warps=_warps(block),
+        PREFETCH=CHUNK_BYTES if extra else 0,
+        num_warps=num_warps,
     )
     return out
 
@@ -122,7 +124,7 @@ def gather(x: torch.Tensor, inboxes: Inboxes, out: torch.Tensor) -> torch.Tensor
     return out
 
 
-def _warps(block: int) -> int:
+def row_warps(block: int) -> int:
     """So many that each thread has one load of 16 bytes."""
     return min(32, max(4, block // 256))
 
@@ -174,7 +176,7 @@ def _sum_of_sent(pointers, mask):
 
 
 @triton.jit
-def _normed(total, residual, weight, residual_ptrs, mask, eps, HIDDEN_SIZE: tl.constexpr):
+def normed(total, residual, weight, residual_ptrs, mask, eps, HIDDEN_SIZE: tl.constexpr):
     """residual += total, and the norm of that."""
     residual = (residual.to(tl.float32) + total).to(residual.dtype)
     tl.store(residual_ptrs, residual, mask)
@@ -184,7 +186,7 @@ def _normed(total, residual, weight, residual_ptrs, mask, eps, HIDDEN_SIZE: tl.c
 
 
 @kernel
-@triton.jit(do_not_specialize=["rank", "max_rows", "num_rows"])
+@triton.jit(do_not_specialize=["rank", "max_rows", "num_rows", "stride"])
 def _one_shot_kernel(
     x_ptr,
     residual_ptr,
@@ -197,6 +199,7 @@ def _one_shot_kernel(
     rank,
     max_rows,
     num_rows,
+    stride,
     WORLD_SIZE: tl.constexpr,
     PADDED_SIZE: tl.constexpr,
     HIDDEN_SIZE: tl.constexpr,
@@ -207,7 +210,7 @@ def _one_shot_kernel(
     row = tl.program_id(0)
     if PREFETCH:
         if row >= num_rows:
-            prefetch(upcoming_ptr, row - num_rows, PREFETCH)
+            prefetch(upcoming_ptr, row - num_rows, stride, PREFETCH)
             return
     column = tl.arange(0, BLOCK)
     mask = column < HIDDEN_SIZE
@@ -229,7 +232,7 @@ def _one_shot_kernel(
     sent = inbox + peer * part + here[None, :]
     total = _sum_of_sent(sent + turn * WORLD_SIZE * part, all_mask)
     if NORM:
-        total = _normed(total, residual, weight, residual_ptr + here, mask, eps, HIDDEN_SIZE)
+        total = normed(total, residual, weight, residual_ptr + here, mask, eps, HIDDEN_SIZE)
     tl.store(out_ptr + here, total, mask)
     old = (turn + _SLOTS - 1) % _SLOTS
     tl.store(sent + old * WORLD_SIZE * part, _marks((PADDED_SIZE, BLOCK), dtype), all_mask)
@@ -237,7 +240,7 @@ def _one_shot_kernel(
 
 
 @kernel
-@triton.jit(do_not_specialize=["rank", "max_rows", "num_rows"])
+@triton.jit(do_not_specialize=["rank", "max_rows", "num_rows", "stride"])
 def _two_shot_kernel(
     x_ptr,
     residual_ptr,
@@ -250,6 +253,7 @@ def _two_shot_kernel(
     rank,
     max_rows,
     num_rows,
+    stride,
     WORLD_SIZE: tl.constexpr,
     PADDED_SIZE: tl.constexpr,
     HIDDEN_SIZE: tl.constexpr,
@@ -260,7 +264,7 @@ def _two_shot_kernel(
     row = tl.program_id(0)
     if PREFETCH:
         if row >= num_rows:
-            prefetch(upcoming_ptr, row - num_rows, PREFETCH)
+            prefetch(upcoming_ptr, row - num_rows, stride, PREFETCH)
             return
     owner = row % WORLD_SIZE
     column = tl.arange(0, BLOCK)
@@ -284,7 +288,7 @@ def _two_shot_kernel(
         weight = tl.load(weight_ptr + column, mask, other=0.0)
         total = x.to(tl.float32) + _sum_of_sent(sent + turn * 2 * results, others_mask)
         if NORM:
-            total = _normed(total, residual, weight, residual_ptr + here, mask, eps, HIDDEN_SIZE)
+            total = normed(total, residual, weight, residual_ptr + here, mask, eps, HIDDEN_SIZE)
         y = _sendable(total.to(dtype))
         to_send = tl.broadcast_to(y[None, :], (PADDED_SIZE, BLOCK))
         tl.store(inboxes + ((turn * 2 + 1) * results + here)[None, :], to_send, others_mask)
@@ -294,9 +298,9 @@ def _two_shot_kernel(
         target = _inbox(addresses_ptr, owner, dtype) + turn * 2 * results
         tl.store(target + rank * part + own, _sendable(x), mask)
         result = inbox + results + here
-        normed = _sum_of_sent((result + turn * 2 * results)[None, :], mask[None, :])
+        y = _sum_of_sent((result + turn * 2 * results)[None, :], mask[None, :]).to(dtype)
         tl.store(result + old * 2 * results, _marks((BLOCK,), dtype), mask)
-        tl.store(out_ptr + here, normed, mask)
+        tl.store(out_ptr + here, y, mask)
     tl.store(turns_ptr + row, (turn + 1) % _SLOTS)
 
 

@@ -13,8 +13,8 @@ from triton.runtime.driver import driver
 
 # Half of the cache of an H100: what lies there, each half of the multiprocessors has a copy of.
 MAX_BYTES = 24 << 20
-# A program's share, of which each thread asks for the same number of bytes.
-PROGRAM_BYTES = 1 << 18
+# What one thread asks for.
+CHUNK_BYTES = 1024
 _BULK_CAPABILITY = 90
 
 
@@ -23,21 +23,28 @@ def can_prefetch() -> bool:
     return not triton.knobs.runtime.interpret and driver.active.get_current_target().arch >= _BULK_CAPABILITY
 
 
-def prefetch_programs(weights: torch.Tensor | None) -> int:
-    """How many programs are to call `prefetch` for the beginning of these weights."""
-    return 0 if weights is None else min(weights.nbytes, MAX_BYTES) // PROGRAM_BYTES
+def prefetch_programs(weights: torch.Tensor | None, num_warps: int) -> tuple[int, int]:
+    """How many programs of so many warps are to call `prefetch` for these weights, and with which `stride`.
+
+    What they ask for is spread over all of the weights. A product then reads from the cache and from memory
+    at the same time; were it the beginning, it would read that no faster than the cache can be read.
+    """
+    if weights is None:
+        return 0, 0
+    num_bytes = 32 * num_warps * CHUNK_BYTES
+    programs = min(weights.nbytes, MAX_BYTES) // num_bytes
+    return programs, weights.nbytes * CHUNK_BYTES // max(1, programs * num_bytes) // 128 * 128
 
 
 @triton.jit
-def prefetch(pointer, program, PROGRAM_BYTES: tl.constexpr):
-    """Ask for a program's share of what lies at `pointer`, which is aligned to 16 bytes."""
+def prefetch(pointer, program, stride, CHUNK_BYTES: tl.constexpr):
+    """Ask for a program's share of what lies at `pointer`, a chunk every `stride` bytes."""
     threads: tl.constexpr = tl.extra.cuda.num_threads()
-    each: tl.constexpr = PROGRAM_BYTES // threads
-    start = pointer.to(tl.int64) + program.to(tl.int64) * PROGRAM_BYTES + tl.arange(0, threads) * each
+    chunk = program.to(tl.int64) * threads + tl.arange(0, threads)
     tl.inline_asm_elementwise(
         "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
         "=r,l,r",
-        [start, tl.full((threads,), each, tl.int32)],
+        [pointer.to(tl.int64) + chunk * stride, tl.full((threads,), CHUNK_BYTES, tl.int32)],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
