@@ -47,6 +47,7 @@ def add_parts(
         rank,
         max_rows,
         WORLD_SIZE=world_size,
+        PADDED_SIZE=next_power_of_2(world_size),
         HIDDEN_SIZE=hidden_size,
         BLOCK=block,
         num_warps=row_warps(block),
@@ -76,16 +77,18 @@ def _add_parts_kernel(
     rank,
     max_rows,
     WORLD_SIZE: tl.constexpr,
+    PADDED_SIZE: tl.constexpr,
     HIDDEN_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     column = tl.arange(0, BLOCK)
     mask = column < HIDDEN_SIZE
     here = tl.program_id(0).to(tl.int64) * HIDDEN_SIZE + column
-    total = tl.load(x_ptr + here, mask, other=0.0).to(tl.float32)
-    for peer in tl.static_range(WORLD_SIZE):
-        part = peer * max_rows.to(tl.int64) * HIDDEN_SIZE + here
-        total += tl.load(parts_ptr + part, mask & (peer != rank), other=0.0).to(tl.float32)
+    peer = tl.arange(0, PADDED_SIZE)[:, None]
+    others = (peer < WORLD_SIZE) & (peer != rank) & mask[None, :]
+    part = peer * max_rows.to(tl.int64) * HIDDEN_SIZE + here[None, :]
+    x = tl.load(x_ptr + here, mask, other=0.0).to(tl.float32)
+    total = x + tl.sum(tl.load(parts_ptr + part, others, other=0.0).to(tl.float32), 0)
     residual = tl.load(residual_ptr + here, mask, other=0.0)
     weight = tl.load(weight_ptr + column, mask, other=0.0)
     y = normed(total, residual, weight, residual_ptr + here, mask, eps, HIDDEN_SIZE)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import traceback
 from collections.abc import Callable
 
 import pytest
@@ -19,6 +16,7 @@ from runtime.kernels.gpu.inboxes import (
     one_shot_elements,
     two_shot_elements,
 )
+from tests.runtime.kernels.forks import in_processes
 
 if torch.cuda.is_available():
     pytest.skip("tests/gpu has the real ones", allow_module_level=True)
@@ -34,27 +32,6 @@ def parts(call: int, world_size: int) -> list[torch.Tensor]:
     made = torch.randn((world_size, CALLS[call], HIDDEN), generator=generator).to(DTYPE)
     made[:, :, ::7] = -0.0
     return list(made)
-
-
-def in_processes(world_size: int, work: Callable[[int], None]) -> None:
-    """Run `work` for each rank in a fork of this process, which shares what is shared memory already."""
-
-    def one(rank: int) -> None:
-        try:
-            work(rank)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-
-    context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=one, args=(rank,)) for rank in range(world_size)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(60)
-        process.kill()
-    assert [process.exitcode for process in ranks] == [0] * world_size
 
 
 @pytest.mark.parametrize("normed", [True, False])
