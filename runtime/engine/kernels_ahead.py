@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from runtime.catalogue import find_catalogue, load_catalogue
 from runtime.engine.deferred import import_the_rest
+from runtime.engine.step_parts import MIN_ROWS_IN_HALVES
 from runtime.errors import FirstlightError
 from runtime.kernels.batch import DeviceBatch
 from runtime.kernels.gpu import cache
@@ -43,7 +44,8 @@ from runtime.model.families import Model, read_model
 from runtime.model.layers import LayerCache, Weights
 from runtime.parallel.control import Meeting
 from runtime.parallel.group import Group
-from runtime.parallel.peers import GATHERED_ROWS, ONE_SHOT_ROWS, TWO_SHOT_ROWS, PeerGroup
+from runtime.parallel.halves import Half, HalfMemory
+from runtime.parallel.peers import GATHERED_ROWS, HALF_ROWS, ONE_SHOT_ROWS, TWO_SHOT_ROWS, PeerGroup
 from runtime.parallel.ranks import Ranks
 from runtime.protocol import EngineConfig
 from runtime.weights import sources
@@ -111,6 +113,21 @@ class _ImaginedGroup(PeerGroup):
                 (GATHERED_ROWS, share),
             )
         )
+        size = config.hidden_size
+        own = torch.empty(HalfMemory.num_bytes(world_size, HALF_ROWS, size), dtype=torch.uint8, device="cuda")
+        memory = HalfMemory([0] * world_size, own, 0, HALF_ROWS, size, dtype)
+        if shared:
+            self.halves = Half(_NoWire(), memory), Half(_NoWire(), memory)
+
+
+class _NoWire:
+    """Copies nothing."""
+
+    def begin(self) -> None:
+        """There is nothing to wait for."""
+
+    def copy(self, target: int, source: torch.Tensor, flag: int, count: int) -> None:
+        """The same."""
 
 
 class _NoBackend:
@@ -170,6 +187,8 @@ class _Steps:
             prefill_splits=num_splits,
             workspace=self._workspace,
         )
+        if self._decoder.halves is not None and total >= MIN_ROWS_IN_HALVES:
+            return self._decoder.halves.forward((batch, batch), self._cache)
         return self._decoder.forward(batch, self._cache)
 
     def sample(self, logits: torch.Tensor) -> None:
