@@ -3,13 +3,13 @@
     python scripts/bench/models.py [--only MODEL ...] [--batches N ...] [--standard MODEL ...] [--layers N]
                                    [--tensor-parallel-size N] [--warm-up] [--json PATH]
 
-Each has the catalogue's length, 0.95 of the GPU's memory, and a process of its own, with
---tensor-parallel-size one for each GPU; then bytes and limits are those of one of them. `ready` is from the
-first number of the weights to captured graphs. What a token takes (TPOT) stands beside what reading the
-weights and the cache once would take, at the memory's speed as measured in the same run. A model that would
-not fit beside a useful cache has fewer layers, and its row says so. With --standard a model also runs the
-standard workload of throughput.py. --warm-up first runs two layers of each, several at a time, so that
-kernels are compiled.
+Each has the catalogue's length, 0.95 of the GPU's memory, and a process of its own, with --tensor-parallel-
+size one for each GPU; then bytes and limits are those of one of them. `ready` is from the first number of the
+weights to captured graphs. What a token takes (TPOT) stands beside what reading the weights and the cache
+once would take, at the memory's speed as measured in the same run. A model that would not fit beside a useful
+cache has fewer layers, and its row says so. With --standard a model also runs the standard workload of
+throughput.py, and its prefill of 16 prompts of 2000 tokens. --warm-up first runs two layers of each, several
+at a time, so that kernels are compiled.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def row(task: Task, found: Found, read: float, data: dict[str, Any]) -> list[str
         cells.append(f"{number(seconds * 1e3)} ({seconds / limits[batch]:.2f} x)")
     most = max(found.tpot)
     cells.append(number(most / found.tpot[most]))
-    cells.append("" if found.standard is None else number(found.standard))
+    cells += ["" if rate is None else number(rate) for rate in (found.standard, found.prefill)]
     layers = f", {found.layers} layers" if task.layers else ""
     data[task.model] = {**asdict(found), "limits": limits, "reduced": bool(task.layers)}
     return [f"{task.model}{layers}", *cells]
@@ -209,6 +209,7 @@ def main() -> None:
         *batches,
         f"tok/s at {max(options.batches)}",
         "standard, tok/s",
+        "prefill, tok/s",
     ]
     report.add_table("time per output token at each size of batch", headers, rows)
     report.data["broken"] = broken

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness import ROOT, BenchError
 from harness.shapes import SHAPES
-from harness.workload import STANDARD, random_ids
+from harness.workload import PREFILL, QUICK_STANDARD, STANDARD, Prefill, Workload, random_ids
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +49,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Found:
-    """What came out: seconds, bytes, tokens. `tpot` is by size of batch, the time a token takes."""
+    """What came out: seconds, bytes, tokens. `tpot` is by size of batch, the time a token takes; `standard`
+    and `prefill` are tokens a second, of answers and of prompts."""
 
     ready: float
     step_bytes: int
@@ -59,6 +60,7 @@ class Found:
     layers: int
     tpot: dict[int, float]
     standard: float | None
+    prefill: float | None
 
 
 def config_of(name: str, layers: int = 0) -> dict[str, Any]:
@@ -190,9 +192,9 @@ def decode_seconds(engine: Engine, batch: int, steps: int) -> float:
     return took
 
 
-def standard_rate(engine: Engine) -> float:
-    """Output tokens a second of the standard workload, all of it submitted at once."""
-    requests = STANDARD.requests(engine.vocab_size)
+def workload_rate(engine: Engine, workload: Workload) -> float:
+    """Output tokens a second of a workload, all of it submitted at once."""
+    requests = workload.requests(engine.vocab_size)
     began = time.perf_counter()
     for index, request in enumerate(requests):
         submit(engine, request.prompt, request.max_tokens, str(index))
@@ -202,6 +204,17 @@ def standard_rate(engine: Engine) -> float:
     if count != sum(request.max_tokens for request in requests):
         raise BenchError(f"{count} tokens were generated, but not those that were asked for")
     return count / (time.perf_counter() - began)
+
+
+def prefill_rate(engine: Engine, case: Prefill) -> float:
+    """Prompt tokens a second until the last prompt's token."""
+    draw = random.Random(case.name)
+    began = time.perf_counter()
+    for index in range(case.batch):
+        submit(engine, random_ids(draw, case.prompt, engine.vocab_size), 1, str(index))
+    while engine.has_work:
+        engine.step()
+    return case.batch * case.prompt / (time.perf_counter() - began)
 
 
 def measure(task: Task, ranks: Ranks | None) -> Found:
@@ -215,8 +228,13 @@ def measure(task: Task, ranks: Ranks | None) -> Found:
         config = model.config if ranks is None else model.config.of_rank(ranks.world_size)
         blocks = engine.scheduler.blocks
         tpot = {batch: decode_seconds(engine, batch, task.steps) for batch in task.batches}
+        standard, prefill = None, None
         if task.standard:
-            standard_rate(engine)  # a first time, which compiles and captures
+            # Once before, so that whatever is compiled or loaded for steps with prompts is.
+            workload_rate(engine, QUICK_STANDARD)
+            prefill_rate(engine, PREFILL)
+            prefill = prefill_rate(engine, PREFILL)
+            standard = workload_rate(engine, STANDARD)
         return Found(
             ready=ready,
             step_bytes=step_bytes(model, plan),
@@ -225,7 +243,8 @@ def measure(task: Task, ranks: Ranks | None) -> Found:
             capacity=blocks.num_blocks * blocks.block_size,
             layers=config.num_layers,
             tpot=tpot,
-            standard=standard_rate(engine) if task.standard else None,
+            standard=standard,
+            prefill=prefill,
         )
 
 

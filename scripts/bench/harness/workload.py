@@ -109,6 +109,7 @@ class Prefill:
 Case = Workload | Decode | Prefill
 
 STANDARD = Workload("standard", 256, 100, 1024)
+PREFILL = Prefill("prefill-16x2000", 16, 2000)
 QUICK_STANDARD = Workload("standard", 16, 10, 100)
 
 CASES: tuple[Case, ...] = (
@@ -118,7 +119,7 @@ CASES: tuple[Case, ...] = (
     Decode("batch-64", 64, 128, 128),
     Decode("batch-256", 256, 128, 128),
     Prefill("prefill-1x8000", 1, 8000),
-    Prefill("prefill-16x2000", 16, 2000),
+    PREFILL,
 )
 # The same kinds of work, small enough for two cores.
 QUICK_CASES: tuple[Case, ...] = (
