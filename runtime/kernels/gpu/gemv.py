@@ -42,6 +42,13 @@ _CONFIGS = {
     (6144, 4096, False): GemvConfig(64, 128, 4, 5),
     (28672, 4096, False): GemvConfig(64, 128, 4, 4),
     (128256, 4096, False): GemvConfig(64, 128, 4, 4),
+    # Llama-3-70B on four H200s.
+    (2560, 8192, True): GemvConfig(2, 4096, 8, 1),
+    (14336, 8192, True): GemvConfig(1, 4096, 4, 1),
+    (8192, 7168, True): GemvConfig(1, 4096, 4, 1),
+    (8192, 2048, False): GemvConfig(64, 128, 4, 6),
+    (14336, 8192, False): GemvConfig(64, 128, 4, 4),
+    (8192, 7168, False): GemvConfig(64, 128, 4, 6),
 }
 
 
