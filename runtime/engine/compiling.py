@@ -32,12 +32,16 @@ class Compiling:
         return bool(self._pending)
 
     def begin(self, request: Submit) -> None:
-        """Take in a request that has a grammar."""
+        """Take in a request that has a grammar. It is handed back at once if that is known already."""
+        assert request.sampling.grammar is not None
+        self._pending.add(request.request_id)
+        if self._grammars.knows(request.sampling.grammar):
+            self._done.put(request)
+            return
         if self._threads is None:
             from concurrent.futures import ThreadPoolExecutor
 
             self._threads = ThreadPoolExecutor(_NUM_THREADS, "grammar")
-        self._pending.add(request.request_id)
         self._threads.submit(self._work, request)
 
     def forget(self, request_ids: Iterable[str]) -> None:

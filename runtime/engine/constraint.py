@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ import torch
 from runtime.engine.step import TokenMasks
 
 if TYPE_CHECKING:
-    from concurrent.futures import ThreadPoolExecutor
+    from concurrent.futures import Future, ThreadPoolExecutor
 
     from llguidance import LLExecutor, LLMatcher
 
@@ -60,21 +61,16 @@ class Masks:
         self._threads: ThreadPoolExecutor | None = None
         self._executors: dict[int, LLExecutor] = {}
 
-    def of(self, held: Rows[Sequence]) -> TokenMasks | None:
-        """The masks of those sequences, which all have a grammar, that go on; None if there are none."""
-        rows = [sequence for sequence in held if not sequence.ended]
-        if not rows:
-            return None
-        bits = self._compute([s.constraint for s in rows if s.constraint is not None])
-        word, place = self._end
-        may_end = (bits[:, word] >> place & 1).tolist()
-        # Where nothing may follow, the next token is void, and needs no mask.
-        kept = [i for i, row in enumerate(rows) if not may_end[i] or self._let_end(bits[i], row)]
-        if len(kept) < len(rows):
-            bits, rows = bits[kept], [rows[index] for index in kept]
-        return TokenMasks(rows, bits) if rows else None
+    def begin(self, held: Rows[Sequence]) -> Callable[[], TokenMasks | None]:
+        """Begin to compute the masks of those sequences, which all have a grammar, that go on.
 
-    def _compute(self, constraints: list[Constraint]) -> torch.Tensor:
+        What this returns waits for them; it returns None if there are none.
+        """
+        rows = [sequence for sequence in held if not sequence.ended]
+        bits, lanes = self._begin([s.constraint for s in rows if s.constraint is not None])
+        return lambda: self._finish(rows, bits, lanes)
+
+    def _begin(self, constraints: list[Constraint]) -> tuple[torch.Tensor, list[Future[None]]]:
         """One row for each: lane beside lane, each from its beginning to its end without Python's lock."""
         if self._bits is None or self._threads is None:
             from concurrent.futures import ThreadPoolExecutor
@@ -85,13 +81,21 @@ class Masks:
         lanes: dict[int, list[tuple[LLMatcher, int]]] = {}
         for row, constraint in enumerate(constraints):
             lanes.setdefault(constraint.lane, []).append((constraint.matcher, row))
-        first, *others = lanes.items()
         submit = self._threads.submit
-        elsewhere = [submit(self._fill, lane, matchers, bits) for lane, matchers in others]
-        self._fill(*first, bits)
-        for done in elsewhere:
-            done.result()
-        return bits
+        return bits, [submit(self._fill, lane, matchers, bits) for lane, matchers in lanes.items()]
+
+    def _finish(
+        self, rows: list[Sequence], bits: torch.Tensor, lanes: list[Future[None]]
+    ) -> TokenMasks | None:
+        for lane in lanes:
+            lane.result()
+        word, place = self._end
+        may_end = (bits[:, word] >> place & 1).tolist()
+        # Where nothing may follow, the next token is void, and needs no mask.
+        kept = [i for i, row in enumerate(rows) if not may_end[i] or self._let_end(bits[i], row)]
+        if len(kept) < len(rows):
+            bits, rows = bits[kept], [rows[index] for index in kept]
+        return TokenMasks(rows, bits) if rows else None
 
     def _fill(self, lane: int, matchers: list[tuple[LLMatcher, int]], bits: torch.Tensor) -> None:
         if lane not in self._executors:

@@ -20,8 +20,8 @@ class Engine:
 
     A runner that works ahead is given step n + 1 before the tokens of step n are looked at. That a
     sequence has come to its end is then noticed one step late, and the token too many is dropped. Where a
-    grammar depends on those tokens, step n + 1 is computed up to its logits meanwhile, and masks are made
-    for them while that goes on.
+    grammar depends on those tokens, step n + 1 is computed up to its logits meanwhile. Masks are made for
+    it while that goes on, and while step n is told and step n + 2 is scheduled.
 
     `position_base` says what is added to the positions of a request whose prompt has that many tokens;
     `pin_masks` puts masks where a GPU copies from without waiting.
@@ -52,6 +52,8 @@ class Engine:
         self._num_submitted = 0
         self._refused: list[TokenDelta] = []
         self._under_way: deque[tuple[list[Scheduled], Launched]] = deque()
+        # Begins to draw the tokens of the step launched last, if that still waits for its masks.
+        self._sample: Callable[[], None] | None = None
 
     @property
     def has_work(self) -> bool:
@@ -117,15 +119,16 @@ class Engine:
         """Launch one step; once the runner is far enough ahead, say what the oldest under way produced."""
         deltas, self._refused = self._refused, []
         scheduled = self.scheduler.schedule()
-        waiting: Launched | None = None
+        if self._sample is not None:
+            self._sample()
+            self._sample = None
         held = [i.sequence for i in scheduled if i.sequence.constraint is not None and i.samples]
+        waits = bool(held and self._under_way)
         if scheduled:
             self._note_admitted(scheduled)
             launched = self.runner.launch(scheduled)
-            if held and self._under_way:
-                waiting = launched
-            else:
-                launched.sample(self._masks.of(held))
+            if not waits:
+                launched.sample(self._masks.begin(held)() if held else None)
             self._under_way.append((scheduled, launched))
             self.scheduler.launched(scheduled)
             if self.keeps_fingerprint:
@@ -134,8 +137,9 @@ class Engine:
         goes_ahead = scheduled and self.stats.generated_tokens_total
         if len(self._under_way) > (self.runner.steps_ahead if goes_ahead else 0):
             deltas += self._take(*self._under_way.popleft())
-        if waiting is not None:
-            waiting.sample(self._masks.of(held))
+        if waits:
+            masks = self._masks.begin(held)
+            self._sample = lambda: launched.sample(masks())
         self._count()
         return StepOutput(deltas=deltas, stats=self.stats)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ from runtime.errors import FirstlightError
 from runtime.protocol import Grammar
 
 if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
     from llguidance import LLMatcher
 
     from runtime.engine.vocabulary import Vocabulary
@@ -58,44 +61,50 @@ class Compiled:
         return True
 
     def add(self, another: LLMatcher) -> None:
-        """Take in another compilation."""
+        """Take in another compilation, as was wanted."""
         if len(self._compilations) < self._num_lanes:
             self._compilations.append(another)
             self._num_copies.append(0)
         else:
             self._compilations[self._num_due % self._num_lanes] = another
 
+    def add_unasked(self, another: LLMatcher) -> None:
+        """Take in a compilation that was made at the same time as the first, if there is use for it."""
+        if len(self._compilations) < self._num_lanes:
+            self._num_due += 1
+            self.add(another)
+
 
 class Grammars:
-    """Compiles grammars on any thread. Whatever that takes is imported, and read, for the first of them."""
+    """Compiles grammars on any thread. Whatever that takes is imported, and read, for the first of them,
+    unless there was time for it before."""
 
     def __init__(self, directory: Path, vocab_size: int) -> None:
         """`directory` holds the model's tokenizer; `vocab_size` is how many logits the model has."""
         self._directory = directory
         self._vocab_size = vocab_size
         self._vocabulary: Vocabulary | None = None
+        self._parts: Generator[None, None, Vocabulary] | None = None
         self._reading = threading.Lock()
         self._compiled: OrderedDict[str, Compiled | str] = OrderedDict()
         self._num_lanes = min(_MAX_LANES, len(os.sched_getaffinity(0)))
         self._num_found = 0
         self._keeping = threading.Lock()
+        self._spare: ThreadPoolExecutor | None = None
         self._mine = threading.local()  # each thread tries grammars in a process of its own
 
     def __len__(self) -> int:
         """How many compiled grammars are kept."""
         return len(self._compiled)
 
+    def knows(self, grammar: Grammar) -> bool:
+        """Whether the grammar is ready for `matcher`, or known to be faulty."""
+        with self._keeping:
+            return grammar.source in self._compiled
+
     def compile(self, grammar: Grammar) -> None:
         """Have the grammar ready for `matcher`, or known to be faulty."""
-        found = self._find(grammar)
-        if isinstance(found, str):
-            return
-        with self._keeping:
-            more = found.wants_another()
-        another = self._compile(grammar.source, tried=True) if more else None
-        if another is not None and not isinstance(another, str):
-            with self._keeping:
-                found.add(another)
+        self._find(grammar)
 
     def verdict(self, grammar: Grammar) -> str | None:
         """What is wrong with the grammar, if anything is; it is compiled if it has not been yet."""
@@ -107,10 +116,8 @@ class Grammars:
 
         How far a trial comes depends on the machine's mood, and ranks must be of one mind.
         """
-        with self._keeping:
-            if grammar.source in self._compiled:
-                return
-        self._keep(grammar, verdict or self._compile(grammar.source, tried=True))
+        if not self.knows(grammar):
+            self._keep(grammar, verdict or self._compile(grammar.source, tried=True))
 
     def matcher(self, grammar: Grammar) -> tuple[LLMatcher, int]:
         """A matcher of one sequence's own, at the beginning, and its lane; see `Compiled`.
@@ -121,7 +128,24 @@ class Grammars:
         if isinstance(found, str):
             raise GrammarError(found)
         with self._keeping:
+            if found.wants_another():
+                self._begin_another(grammar.source, found)
             return found.copy()
+
+    def _begin_another(self, source: str, found: Compiled) -> None:
+        """Compile a grammar in demand once more, beside whatever goes on."""
+        if self._spare is None:
+            from concurrent.futures import ThreadPoolExecutor
+
+            self._spare = ThreadPoolExecutor(1, "spare grammar")
+
+        def compile_another() -> None:
+            another = self._compile(source, tried=True)
+            if not isinstance(another, str):
+                with self._keeping:
+                    found.add(another)
+
+        self._spare.submit(compile_another)
 
     def _find(self, grammar: Grammar) -> Compiled | str:
         """The compiled grammar, or what is wrong with it."""
@@ -132,16 +156,20 @@ class Grammars:
                 return known
         return self._keep(grammar, self._compile(grammar.source, tried=False))
 
-    def _keep(self, grammar: Grammar, first: LLMatcher | str) -> Compiled | str:
+    def _keep(self, grammar: Grammar, made: LLMatcher | str) -> Compiled | str:
         with self._keeping:
-            # Different grammars begin in different lanes.
-            self._num_found += 1
-            lane = self._num_found % self._num_lanes
-            found = first if isinstance(first, str) else Compiled(first, lane, self._num_lanes)
-            found = self._compiled.setdefault(grammar.source, found)
+            found = self._compiled.get(grammar.source)
+            if found is None:
+                # Different grammars begin in different lanes.
+                self._num_found += 1
+                lane = self._num_found % self._num_lanes
+                found = made if isinstance(made, str) else Compiled(made, lane, self._num_lanes)
+                self._compiled[grammar.source] = found
+            elif not isinstance(found, str) and not isinstance(made, str):
+                found.add_unasked(made)
             while len(self._compiled) > _MAX_KEPT:
                 self._compiled.popitem(last=False)
-        return found
+            return found
 
     def _try(self, source: str) -> str | None:
         from runtime.engine.trial import Trial
@@ -169,10 +197,32 @@ class Grammars:
             matcher.compute_bitmask()
         return matcher.get_error() if matcher.is_error() else matcher
 
-    def _read(self) -> Vocabulary:
-        from runtime.engine.vocabulary import read_vocabulary
-
+    def read_ahead(self) -> bool:
+        """Do a part of what the first grammar takes; False if nothing is left of it, or it cannot be done."""
         with self._reading:
-            if self._vocabulary is None:
-                self._vocabulary = read_vocabulary(self._directory, self._vocab_size)
-            return self._vocabulary
+            try:
+                return self._vocabulary is None and self._read_part() is None
+            except Exception:  # whoever brings a grammar is told
+                return False
+
+    def _read(self) -> Vocabulary:
+        with self._reading:
+            while (vocabulary := self._read_part()) is None:
+                pass
+            return vocabulary
+
+    def _read_part(self) -> Vocabulary | None:
+        """The vocabulary, unless that was only a part of it."""
+        if self._parts is None:
+            from runtime.engine.vocabulary import read_vocabulary
+
+            self._parts = read_vocabulary(self._directory, self._vocab_size)
+        if self._vocabulary is None:
+            try:
+                next(self._parts)
+            except StopIteration as end:
+                self._vocabulary = end.value
+            except BaseException:
+                self._parts = None  # the next one finds out for itself
+                raise
+        return self._vocabulary

@@ -34,11 +34,13 @@ def serve(engine: Engine, sleeper: Sleeper, channel: Channel | LeadingChannel | 
             sleeper.advance()
             continue
         if not (engine.has_work or was_busy):
-            if idle_work and (idle_work := engine.runner.use_idle_time()):
+            if idle_work and engine.runner.use_idle_time():
                 graphs = marks.since_exec()
             elif graphs is not None:
                 channel.send(Mark("graphs", graphs))
                 graphs = None
+            elif idle_work:
+                idle_work = engine.grammars.read_ahead()
             continue
         output = engine.step()
         channel.check(engine.fingerprint)

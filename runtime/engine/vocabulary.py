@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ _SLICES = [
 ]
 # What hardly any vocabulary joins with what follows, so that a text behind it is cut as it is alone.
 _BREAK = "\n"
+_MAX_SPELLED = 4096
+_TOKENS_AT_ONCE = 8192
 
 
 @dataclass(frozen=True)
@@ -32,16 +35,23 @@ class Vocabulary:
     special: dict[int, str]
 
 
-def read_vocabulary(directory: Path, vocab_size: int) -> Vocabulary:
+def read_vocabulary(directory: Path, vocab_size: int) -> Generator[None, None, Vocabulary]:
     """The vocabulary of the model in a folder, of as many ids as the model has logits, and one more.
 
     That one stands for the end: a mask has its bit where the answer may end. Which ids end a sequence is
     each request's own affair, so all of the model's ids are ordinary here, or special.
+    It is read in parts, none of which takes longer than the package that has to do it.
     """
     from llguidance import LLTokenizer
 
+    yield
     tokenizer = Tokenizer.load(directory)
-    tokens = [tokenizer.token_bytes(index) for index in range(vocab_size)]
+    tokens: list[bytes] = []
+    while len(tokens) < vocab_size:
+        yield
+        until = min(len(tokens) + _TOKENS_AT_ONCE, vocab_size)
+        tokens += [tokenizer.token_bytes(index) for index in range(len(tokens), until)]
+    yield
     special = sorted(index for index in tokenizer.special_ids if index < vocab_size)
     found: LLTokenizer | None = None
 
@@ -68,9 +78,16 @@ class _Wrapper:
         self.special_token_ids = special
         self._tokenizer = tokenizer
         self._greedily = greedily
+        self._spelled = lru_cache(_MAX_SPELLED)(self._spell)
 
     def __call__(self, text: str) -> list[int]:
-        """The tokens that the model would write the text with. They add up to exactly that text."""
+        """The tokens that the model would write the text with. They add up to exactly that text.
+
+        The same few texts come again and again, whenever an answer gets to where they are forced.
+        """
+        return self._spelled(text)
+
+    def _spell(self, text: str) -> list[int]:
         for before in ("", _BREAK):
             ids = self._encode(before + text)
             spelled = [self.tokens[index] for index in ids]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from llguidance import LLTokenizer
 
 from runtime.engine.grammar import GrammarError, Grammars
-from runtime.engine.vocabulary import read_vocabulary
+from runtime.engine.vocabulary import Vocabulary, read_vocabulary
 from runtime.protocol import Grammar
 from runtime.text import grammar
 from runtime.text.detokenizer import Detokenizer
@@ -44,9 +45,20 @@ def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return write(VOCABULARIES[request.param](), directory)
 
 
+def read(directory: Path) -> Vocabulary:
+    found: list[Vocabulary] = []
+
+    def parts() -> Iterator[None]:
+        found.append((yield from read_vocabulary(directory, SIZE)))
+
+    for _ in parts():
+        pass
+    return found[0]
+
+
 @pytest.fixture(scope="module")
 def vocabulary(directory: Path) -> LLTokenizer:
-    return read_vocabulary(directory, SIZE).tokens
+    return read(directory).tokens
 
 
 def test_whatever_is_written_by_the_grammar_reads_so(directory: Path) -> None:
@@ -83,13 +95,29 @@ def test_a_text_that_is_forced_is_spelled_exactly(vocabulary: LLTokenizer, text:
 def test_it_is_spelled_as_the_model_would(tmp_path: Path) -> None:
     """Where the tokenizer puts a space in front of everything, without that space."""
     directory = write(VOCABULARIES["llama2"](), tmp_path)
-    tokenizer, vocabulary = Tokenizer.load(directory), read_vocabulary(directory, SIZE).tokens
+    tokenizer, vocabulary = Tokenizer.load(directory), read(directory).tokens
     (ids,) = [tokenizer.encode("\nThe quick brown fox", add_special_tokens=False)]
     spelled = [tokenizer.token_bytes(index) for index in ids]
     assert spelled[:2] == [b" ", b"\n"]
     assert vocabulary.tokenize_str("The quick brown fox") == ids[2:]
 
 
+@pytest.mark.parametrize("parts", [0, 1, 2, 100])
+def test_what_the_first_grammar_takes_is_read_ahead_where_there_is_time(tmp_path: Path, parts: int) -> None:
+    write_tokenizer(tmp_path)
+    grammars = Grammars(tmp_path, SIZE)
+    for _ in range(parts):
+        grammars.read_ahead()
+    if not grammars.read_ahead():
+        (tmp_path / "tokenizer.json").unlink()  # nobody needs it any more
+    matcher, _ = grammars.matcher(Grammar(grammar.source(grammar.choice(["a"])), "x"))
+    assert matcher.compute_ff_bytes() == b"a"
+    assert not grammars.read_ahead()
+
+
 def test_a_model_without_a_tokenizer_has_no_grammars(tmp_path: Path) -> None:
+    grammars = Grammars(tmp_path, SIZE)
+    while grammars.read_ahead():
+        pass
     with pytest.raises(GrammarError, match="no tokenizer"):
-        Grammars(tmp_path, SIZE).matcher(Grammar(grammar.source(grammar.choice(["a"])), "x"))
+        grammars.matcher(Grammar(grammar.source(grammar.choice(["a"])), "x"))
