@@ -88,6 +88,20 @@ class TestGrammars:
 
         run(test())
 
+    def test_what_the_first_takes_is_imported_once_there_is_nothing_else_to_do(
+        self, tiny_model: Path
+    ) -> None:
+        async def test() -> None:
+            async with running(config(tiny_model)) as client:
+                await client.wait_ready()
+                mapped = Path(f"/proc/{client.pid}/maps")
+                assert "llguidance" not in mapped.read_text()
+                assert await tokens_of(submit(client, "first", 4))
+                await until(lambda: "llguidance" in mapped.read_text())
+                assert len(await tokens_of(submit_held(client, "held", "[ab]{7}"))) == 7
+
+        run(test())
+
     def test_draining_waits_for_them(self, tiny_model: Path) -> None:
         async def test() -> None:
             client = EngineClient(config(tiny_model))
