@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from typing import TYPE_CHECKING
@@ -13,24 +14,25 @@ from runtime.engine.step import TokenMasks
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
-    from llguidance import LLExecutor, LLMatcher
+    from llguidance import LLExecutor
 
+    from runtime.engine.compilations import Copy
     from runtime.engine.sequence import Sequence
 
 
 class Constraint:
-    """Where one sequence stands in its grammar; `lane` is its matcher's, see `engine/grammar.py`.
+    """Where one sequence stands in its grammar.
 
     `complete` says that nothing can follow the tokens that it has; `spent`, that nothing may follow them as
     the request has it, which shows only in a mask: the next token is void.
     `problem` says why the grammar cannot be followed any further, if that is so.
     """
 
-    __slots__ = ("complete", "field", "lane", "matcher", "problem", "spent")
+    __slots__ = ("complete", "copy", "field", "matcher", "problem", "spent")
 
-    def __init__(self, matcher: LLMatcher, lane: int, field: str) -> None:
-        self.matcher = matcher
-        self.lane = lane
+    def __init__(self, copy: Copy, field: str) -> None:
+        self.copy = copy
+        self.matcher = copy.matcher
         self.field = field
         self.complete = False
         self.spent = False
@@ -58,8 +60,8 @@ class Masks:
         self._end = divmod(vocab_size, 32)
         self._pinned = pinned
         self._bits: torch.Tensor | None = None
-        self._threads: ThreadPoolExecutor | None = None
-        self._executors: dict[int, LLExecutor] = {}
+        self._thread: ThreadPoolExecutor | None = None
+        self._executor: LLExecutor | None = None
 
     def begin(self, held: Rows[Sequence]) -> Callable[[], TokenMasks | None]:
         """Begin to compute the masks of those sequences, which all have a grammar, that go on.
@@ -67,28 +69,31 @@ class Masks:
         What this returns waits for them; it returns None if there are none.
         """
         rows = [sequence for sequence in held if not sequence.ended]
-        bits, lanes = self._begin([s.constraint for s in rows if s.constraint is not None])
-        return lambda: self._finish(rows, bits, lanes)
-
-    def _begin(self, constraints: list[Constraint]) -> tuple[torch.Tensor, list[Future[None]]]:
-        """One row for each: lane beside lane, each from its beginning to its end without Python's lock."""
-        if self._bits is None or self._threads is None:
+        if not rows:
+            return lambda: None
+        if self._bits is None or self._thread is None:
             from concurrent.futures import ThreadPoolExecutor
 
-            self._threads = ThreadPoolExecutor(thread_name_prefix="masks")
+            self._thread = ThreadPoolExecutor(1, "masks")
             self._bits = torch.empty(self._shape, dtype=torch.int32, pin_memory=self._pinned)
-        bits = self._bits[: len(constraints)]
-        lanes: dict[int, list[tuple[LLMatcher, int]]] = {}
-        for row, constraint in enumerate(constraints):
-            lanes.setdefault(constraint.lane, []).append((constraint.matcher, row))
-        submit = self._threads.submit
-        return bits, [submit(self._fill, lane, matchers, bits) for lane, matchers in lanes.items()]
+        bits = self._bits[: len(rows)]
+        done = self._thread.submit(self._fill, [s.constraint for s in rows if s.constraint is not None], bits)
+        return lambda: self._finish(rows, bits, done)
 
-    def _finish(
-        self, rows: list[Sequence], bits: torch.Tensor, lanes: list[Future[None]]
-    ) -> TokenMasks | None:
-        for lane in lanes:
-            lane.result()
+    def _fill(self, constraints: list[Constraint], bits: torch.Tensor) -> None:
+        """One row for each, side by side, from the first to the last without Python's lock."""
+        if self._executor is None:
+            from llguidance import LLExecutor
+
+            self._executor = LLExecutor(_num_threads())
+        # Those that share a lock one after the other, most likely by the same thread.
+        rows = sorted(enumerate(constraints), key=lambda numbered: numbered[1].copy.group)
+        matchers = [(constraint.matcher, row) for row, constraint in rows]
+        num_rows, num_words = bits.shape
+        self._executor.unsafe_compute_mask_ptr(matchers, bits.data_ptr(), num_words * bits.itemsize, num_rows)
+
+    def _finish(self, rows: list[Sequence], bits: torch.Tensor, done: Future[None]) -> TokenMasks | None:
+        done.result()
         word, place = self._end
         may_end = (bits[:, word] >> place & 1).tolist()
         # Where nothing may follow, the next token is void, and needs no mask.
@@ -96,16 +101,6 @@ class Masks:
         if len(kept) < len(rows):
             bits, rows = bits[kept], [rows[index] for index in kept]
         return TokenMasks(rows, bits) if rows else None
-
-    def _fill(self, lane: int, matchers: list[tuple[LLMatcher, int]], bits: torch.Tensor) -> None:
-        if lane not in self._executors:
-            from llguidance import LLExecutor
-
-            self._executors[lane] = LLExecutor(1)
-        num_rows, num_words = bits.shape
-        self._executors[lane].unsafe_compute_mask_ptr(
-            matchers, bits.data_ptr(), num_words * bits.itemsize, num_rows
-        )
 
     def _let_end(self, bits: torch.Tensor, sequence: Sequence) -> bool:
         """Add the tokens that end the sequence to a mask; False if nothing may follow."""
@@ -122,6 +117,11 @@ class Masks:
             reason = constraint.matcher.get_error()
             constraint.problem = f"'{constraint.field}' takes too much to follow: {reason}"
         return not constraint.spent
+
+
+def _num_threads() -> int:
+    """As many as leave cores for the step loop, and for the handler and whoever else there is."""
+    return max(1, len(os.sched_getaffinity(0)) * 3 // 4)
 
 
 # Each bit of a word, as int32.

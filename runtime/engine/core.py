@@ -72,7 +72,7 @@ class Engine:
         grammar, constraint = request.sampling.grammar, None
         if grammar is not None:
             try:
-                constraint = Constraint(*self.grammars.matcher(grammar), grammar.field)
+                constraint = Constraint(self.grammars.matcher(grammar), grammar.field)
             except GrammarError as error:
                 self._refuse(request.request_id, f"'{grammar.field}' is not valid: {error}", grammar.field)
                 return

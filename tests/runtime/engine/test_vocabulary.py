@@ -66,7 +66,7 @@ def test_whatever_is_written_by_the_grammar_reads_so(directory: Path) -> None:
     grammars = Grammars(directory, SIZE)
     source = grammar.source(grammar.json_schema(SCHEMA))
     for seed in range(8):
-        draw, matcher = Random(seed), grammars.matcher(Grammar(source, "x"))[0]
+        draw, matcher = Random(seed), grammars.matcher(Grammar(source, "x")).matcher
         ids: list[int] = []
         while not matcher.is_stopped():
             bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
@@ -110,7 +110,7 @@ def test_what_the_first_grammar_takes_is_read_ahead_where_there_is_time(tmp_path
         grammars.read_ahead()
     if not grammars.read_ahead():
         (tmp_path / "tokenizer.json").unlink()  # nobody needs it any more
-    matcher, _ = grammars.matcher(Grammar(grammar.source(grammar.choice(["a"])), "x"))
+    matcher = grammars.matcher(Grammar(grammar.source(grammar.choice(["a"])), "x")).matcher
     assert matcher.compute_ff_bytes() == b"a"
     assert not grammars.read_ahead()
 
