@@ -28,11 +28,12 @@ from runtime.catalogue import find_catalogue, load_catalogue
 from runtime.client import EngineClient, EngineUnavailable
 from runtime.errors import RequestError
 from runtime.protocol import EngineConfig, Grammar, SleepLevel, Submit, TokenLogprobs
+from runtime.text.bans import bans
 from runtime.text.chat import encode_chat
 from runtime.text.generation import run
 from runtime.text.model_text import ModelText, TextFiles
 from runtime.text.options import SamplingOptions
-from runtime.text.sampling import answer_room, check_ids, sampling_params
+from runtime.text.sampling import answer_room, check_ids, sampling_params, truncated
 from runtime.text.sequence import Sequence, TextDelta
 from runtime.text.template import read_template
 from runtime.weights.sources.cache import default_cache_dir
@@ -270,10 +271,14 @@ class LLM:
         name = uuid.uuid4().hex
         form = call.options.structured_outputs
         grammar = None if form is None else Grammar(form.source(), "structured_outputs")
-        for place, prompt in enumerate(prompts):
+        options = call.options
+        banned = bans(text.tokenizer, options.bad_words)
+        for place, whole in enumerate(prompts):
+            wanted = options.truncate_prompt_tokens
+            prompt = truncated(whole, wanted, options.max_tokens, text.max_model_len)
             room = answer_room(len(prompt), call.max_tokens, text.max_model_len, "max_tokens")
             params = sampling_params(
-                call.options, text, max_tokens=room, logprobs=call.options.logprobs, grammar=grammar
+                options, text, max_tokens=room, logprobs=options.logprobs, banned=banned, grammar=grammar
             )
             submit = Submit(request_id=f"{name}-{place}", prompt_token_ids=prompt, sampling=params)
             call.sequences.append(Sequence(text.tokenizer, submit, call.options, place))

@@ -22,6 +22,10 @@ FinishReason = Literal["stop", "length", "abort", "error", "refused"]
 Phase = Literal["download", "convert", "load", "warmup"]
 SleepLevel = Literal[1, 2]
 
+# What a sequence's place on a GPU has room for: tokens with a bias, and stop tokens beside a minimum length.
+MAX_BIASES = 1024
+MAX_STOPS = 256
+
 _LENGTH = struct.Struct("<I")
 MAX_FRAME_BYTES = 1 << 30
 
@@ -85,7 +89,9 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
     `temperature` 0 is greedy; `top_k` 0 is off. `stop_token_ids` holds every id that ends the
     sequence, the model's own end-of-sequence ids included unless the request ignores them.
     `logprobs` None is off, 0 is the chosen token only, n adds the n most likely. With a `grammar` only
-    tokens come that it allows, and tokens that end the sequence only where it may end.
+    tokens come that it allows, and tokens that end the sequence only where it may end. `allowed_token_ids`
+    are the only ones that come at all, unless there are none; each of `bad_words`, two or more tokens, never
+    comes in the answer as a whole.
     """
 
     max_tokens: int
@@ -103,6 +109,13 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def masked(self) -> bool:
+        """Whether each token is drawn from what a mask leaves."""
+        return self.grammar is not None or bool(self.allowed_token_ids or self.bad_words)
 
 
 # ---- handler -> engine -------------------------------------------------------------------------

@@ -9,15 +9,16 @@ import msgspec
 from handler.openai.answer import BaseAnswer, encode
 from handler.openai.errors import ApiError
 from handler.openai.logprobs import CompletionLogprobs, TokenNames, extend, prompt_entries
-from handler.openai.prompts import banned_ids, encode_prompts
+from handler.openai.prompts import encode_prompts
 from handler.openai.schema import CompletionRequest
 from handler.openai.strict import parse
 from handler.openai.structured import asked_form
 from handler.service import Service
 from runtime.protocol import Grammar, SamplingParams, Submit
+from runtime.text.bans import Bans, bans
 from runtime.text.grammar import source
 from runtime.text.model_text import ModelText
-from runtime.text.sampling import answer_room, sampling_params
+from runtime.text.sampling import answer_room, sampling_params, truncated
 from runtime.text.sequence import Sequence, TextDelta
 
 DEFAULT_MAX_TOKENS = 16
@@ -78,11 +79,14 @@ class CompletionAnswer(BaseAnswer):
         request = self.request
         text = await self.service.text.ready()
         prompts = await encode_prompts(text, self._prompts, request.add_special_tokens)
-        banned = banned_ids(text, request.bad_words)
+        banned = bans(text.tokenizer, request.bad_words)
         grammar = None
         if self._form is not None:
             grammar = Grammar(source(await self._form.part()), self._form.field)
-        for number, prompt in enumerate(prompts):
+        for number, whole in enumerate(prompts):
+            asked = request.truncate_prompt_tokens
+            prompt = truncated(whole, asked, request.max_tokens, text.max_model_len)
+            shown = self._prompts[number] if len(prompt) == len(whole) else prompt
             sampling = self._sampling(text, len(prompt), banned, grammar)
             for turn in range(self._tries):
                 place = number * self._tries + turn
@@ -96,11 +100,11 @@ class CompletionAnswer(BaseAnswer):
                 )
                 sequence = Sequence(text.tokenizer, submit, request, place, counts_prompt=turn == 0)
                 self.sequences.append(sequence)
-                self._choices.append(_Choice(request, text, self._prompts[number], sequence))
+                self._choices.append(_Choice(request, text, shown, sequence))
         return self.sequences
 
     def _sampling(
-        self, text: ModelText, prompt_tokens: int, banned: list[int], grammar: Grammar | None
+        self, text: ModelText, prompt_tokens: int, banned: Bans, grammar: Grammar | None
     ) -> SamplingParams:
         request = self.request
         default = text.defaults.get("max_tokens", DEFAULT_MAX_TOKENS)

@@ -9,7 +9,7 @@ import msgspec
 from msgspec.json import encode
 
 from handler.openai.errors import ApiError
-from handler.openai.prompts import banned_ids, encode_messages, template_variables
+from handler.openai.prompts import encode_messages, template_variables
 from handler.openai.reply.call_grammar import CallRules
 from handler.openai.reply.formats import CallFormat, call_format, reasoning_tags
 from handler.openai.reply.grammar import Thinking, reply_grammar
@@ -22,9 +22,10 @@ from handler.openai.tools import Offer
 from handler.service import Service
 from handler.textroom import off_loop
 from runtime.protocol import Grammar, Submit
+from runtime.text.bans import bans
 from runtime.text.grammar import literal
 from runtime.text.model_text import ModelText
-from runtime.text.sampling import answer_room, sampling_params
+from runtime.text.sampling import answer_room, sampling_params, truncated
 from runtime.text.sequence import Sequence, TextDelta
 
 # As much of a prompt's end as can hold the tag that opens the reasoning.
@@ -142,9 +143,10 @@ class Conversation:
             add_special_tokens=request.add_special_tokens,
             variables=template_variables(text, request.chat_template_kwargs, request.documents, effort),
         )
+        asked = request.max_completion_tokens or request.max_tokens
+        prompt = truncated(prompt, request.truncate_prompt_tokens, asked, text.max_model_len)
         thinking = _thinking(text, tags, prompt)
         grammar = await self._grammar(text, calls, thinking)
-        asked = request.max_completion_tokens or request.max_tokens
         param = "messages" if asked is None else "max_tokens"
         room = answer_room(len(prompt), asked, text.max_model_len, param)
         sampling = sampling_params(
@@ -153,7 +155,7 @@ class Conversation:
             max_tokens=room if asked else min(room, text.defaults.get("max_tokens", room)),
             logprobs=(request.top_logprobs or 0) if request.logprobs else None,
             prompt_logprobs=request.prompt_logprobs,
-            banned=banned_ids(text, request.bad_words),
+            banned=bans(text.tokenizer, request.bad_words),
             grammar=grammar,
         )
         reads_calls = calls if calls is not None and (self.offer.told or calls.always) else None

@@ -49,7 +49,6 @@ _WITHOUT_EFFECT: dict[str, Test] = {
 # What each of these asks for is not done here, so they pass only when they ask for nothing.
 _LATER: dict[str, Test] = {
     "background": _is(False),
-    "allowed_token_ids": _is([]),
     "early_stopping": _is(False),
     "function_call": _is("none", "auto"),
     "functions": _is([]),
@@ -82,7 +81,6 @@ _NEVER = {
     "prompt",
     "prompt_embeds",
     "thinking_token_budget",
-    "truncate_prompt_tokens",
     "vllm_xargs",
     "web_search_options",
 }

@@ -138,26 +138,6 @@ async def encode_prompts(
     return encoded if allow_empty else [_not_empty(ids, "prompt") for ids in encoded]
 
 
-def banned_ids(text: ModelText, words: Sequence[str]) -> list[int]:
-    """The tokens that write the words, at the beginning of a text and behind a space.
-
-    Raises `ApiError` 400 for a word that takes several tokens, each of which other words need too.
-    """
-    banned = []
-    for word in words:
-        alone = text.tokenizer.encode(word, add_special_tokens=False, parse_special=False)
-        behind = text.tokenizer.encode(f" {word}", add_special_tokens=False, parse_special=False)
-        single = [ids[0] for ids in (alone, behind) if len(ids) == 1]
-        if not single:
-            message = (
-                f"'bad_words' holds '{word[:100]}', which takes {len(alone)} of this model's tokens; only "
-                "words of one token can be banned."
-            )
-            raise ApiError(400, message, param="bad_words", code="unsupported_value")
-        banned += single
-    return banned
-
-
 def _not_empty(ids: list[int], param: str) -> list[int]:
     if not ids:
         raise ApiError(400, "The prompt is empty.", param=param, code="invalid_value")

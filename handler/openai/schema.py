@@ -64,6 +64,8 @@ class Sampling(Strict):
     priority: int = Field(0, ge=-(1 << 31), lt=1 << 31)
     request_id: RequestId | None = None
     bad_words: Annotated[list[BadWord], Field(max_length=128)] = []
+    allowed_token_ids: Annotated[list[TokenId], Field(fail_fast=True)] = []
+    truncate_prompt_tokens: int | None = Field(None, ge=-1, lt=1 << 31)
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
     response_format: ResponseFormat | None = None
@@ -79,6 +81,13 @@ class Sampling(Strict):
         for key in value:
             if not (key.isascii() and key.isdigit() and len(key) < 10):
                 raise ValueError("keys must be token ids")
+        return value
+
+    @field_validator("truncate_prompt_tokens")
+    @classmethod
+    def _some_tokens(cls, value: int | None) -> int | None:
+        if value == 0:
+            raise ValueError("it must leave at least one token; -1 leaves as many as fit")
         return value
 
     @property

@@ -6,13 +6,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 
-from runtime.engine.constraint import Constraint, Masks
+from runtime.engine.constraint import Constraint
 from runtime.engine.grammar import GrammarError, Grammars
+from runtime.engine.masks import Masks
 from runtime.engine.scheduler import Scheduled, Scheduler
 from runtime.engine.sequence import Sequence
 from runtime.engine.step import Launched, Runner
-from runtime.protocol import EngineStats, StepOutput, Submit, TokenDelta, TokenLogprobs
+from runtime.engine.token_rules import TokenRules
+from runtime.protocol import EngineStats, SamplingParams, StepOutput, Submit, TokenDelta, TokenLogprobs
 
 
 class Engine:
@@ -69,13 +72,12 @@ class Engine:
         if problem is not None:
             self._refuse(request.request_id, problem)
             return
-        grammar, constraint = request.sampling.grammar, None
-        if grammar is not None:
-            try:
-                constraint = Constraint(self.grammars.matcher(grammar), grammar.field)
-            except GrammarError as error:
-                self._refuse(request.request_id, f"'{grammar.field}' is not valid: {error}", grammar.field)
-                return
+        try:
+            constraint = self._constraint(request.sampling)
+        except GrammarError as error:
+            field = request.sampling.grammar.field if request.sampling.grammar is not None else ""
+            self._refuse(request.request_id, f"'{field}' is not valid: {error}", field)
+            return
         seed = request.sampling.seed
         if seed is None:
             seed = hash((self.seed, self._num_submitted))
@@ -84,6 +86,17 @@ class Engine:
         sequence.constraint = constraint
         self.scheduler.add(sequence)
         self._num_submitted += 1
+
+    def _constraint(self, sampling: SamplingParams) -> Constraint | None:
+        if not sampling.masked:
+            return None
+        grammar = sampling.grammar
+        rules = None
+        if sampling.allowed_token_ids or sampling.bad_words:
+            rules = TokenRules(sampling, self.vocab_size // 32 + 1)
+        if grammar is not None:
+            return Constraint(self.grammars.matcher(grammar), rules, grammar.field)
+        return None if rules is None else Constraint(None, rules, rules.field)
 
     def _refuse(self, request_id: str, problem: str, param: str | None = None) -> None:
         delta = TokenDelta(request_id=request_id, finish_reason="refused", error=problem, param=param)
@@ -98,8 +111,10 @@ class Engine:
                 f"The prompt has {len(prompt)} tokens, and prompt and answer together may have at most "
                 f"{self.max_model_len}; shorten it."
             )
-        named = (*request.sampling.stop_token_ids, *request.sampling.logit_bias)
-        if not all(0 <= token_id < self.vocab_size for token_id in (*prompt, *named)):
+        sampling = request.sampling
+        allowed, bad_words = sampling.allowed_token_ids, sampling.bad_words
+        named = chain(prompt, sampling.stop_token_ids, sampling.logit_bias, allowed, *bad_words)
+        if not all(0 <= token_id < self.vocab_size for token_id in named):
             return f"A token id is out of range: this model's ids go from 0 to {self.vocab_size - 1}."
         return None
 

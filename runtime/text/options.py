@@ -49,7 +49,9 @@ class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     `temperature` 0 is greedy. `stop` strings and `stop_token_ids` end an answer; `ignore_eos` lets it go
     on past the model's own end. With a `seed` a prompt gets the same answer whatever else is computed.
     `logprobs` None is off, 0 is the chosen tokens only, n adds the n most likely. `structured_outputs` holds
-    answers to a form: see `StructuredOutputs`.
+    answers to a form: see `StructuredOutputs`. None of `bad_words` comes, and with `allowed_token_ids`
+    nothing but those. `truncate_prompt_tokens` takes the last so many tokens of each prompt, -1 as many as
+    fit.
     """
 
     max_tokens: Annotated[int, Meta(ge=1)] | None = None
@@ -70,6 +72,9 @@ class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     skip_special_tokens: bool = True
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     structured_outputs: StructuredOutputs | None = None
+    bad_words: list[Annotated[str, Meta(min_length=1)]] = []
+    allowed_token_ids: list[TokenId] = []
+    truncate_prompt_tokens: Annotated[int, Meta(ge=-1)] | None = None
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> SamplingOptions:

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from runtime.errors import RequestError
-from runtime.protocol import Grammar, SamplingParams
+from runtime.protocol import MAX_BIASES, MAX_STOPS, Grammar, SamplingParams
+from runtime.text.bans import NOTHING, Bans
 
 if TYPE_CHECKING:
     from runtime.text.model_text import ModelText
@@ -57,6 +58,8 @@ class Asked(Protocol):
     def stop_token_ids(self) -> list[int]: ...
     @property
     def ignore_eos(self) -> bool: ...
+    @property
+    def allowed_token_ids(self) -> list[int]: ...
 
 
 def sampling_params(
@@ -66,14 +69,15 @@ def sampling_params(
     max_tokens: int,
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
-    banned: Iterable[int] = (),
+    banned: Bans = NOTHING,
     grammar: Grammar | None = None,
 ) -> SamplingParams:
     """Settle every value: the request's, else the model's own default, else OpenAI's.
 
-    Tokens that are `banned` never come, and only what the `grammar` allows.
+    What is `banned` never comes, and only what the `grammar` allows.
 
-    Raises `RequestError` for token ids outside the vocabulary and for bounds that contradict each other.
+    Raises `RequestError` for token ids outside the vocabulary, for more of them than there is room for, and
+    for bounds that contradict each other.
     """
     settled: dict[str, Any] = {name: text.defaults[name] for name in DEFAULTED if name in text.defaults}
     settled |= {name: value for name in DEFAULTED if (value := getattr(asked, name)) is not None}
@@ -87,16 +91,31 @@ def sampling_params(
         settled["min_tokens"] = max_tokens
     check_ids(asked.biases, text.vocab_size, "logit_bias")
     check_ids(asked.stop_token_ids, text.vocab_size, "stop_token_ids")
+    check_ids(asked.allowed_token_ids, text.vocab_size, "allowed_token_ids")
     stops = (*asked.stop_token_ids, *(() if asked.ignore_eos else text.eos_token_ids))
+    biases = {**asked.biases, **dict.fromkeys(banned.tokens, -math.inf)}
+    _check_number(len(biases), MAX_BIASES, "'logit_bias' and 'bad_words' name", "logit_bias")
+    if settled.get("min_tokens"):
+        _check_number(len(stops), MAX_STOPS, "with 'min_tokens', 'stop_token_ids' has", "stop_token_ids")
+    if asked.allowed_token_ids and set(asked.allowed_token_ids) <= set(banned.tokens):
+        message = "'bad_words' rule out every token that 'allowed_token_ids' allows."
+        raise RequestError(message, "allowed_token_ids")
     return SamplingParams(
         max_tokens=max_tokens,
-        logit_bias={**asked.biases, **dict.fromkeys(banned, -math.inf)},
+        logit_bias=biases,
         stop_token_ids=tuple(dict.fromkeys(stops)),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         grammar=grammar,
+        allowed_token_ids=tuple(dict.fromkeys(asked.allowed_token_ids)),
+        bad_words=banned.sequences,
         **settled,
     )
+
+
+def _check_number(number: int, most: int, what: str, param: str) -> None:
+    if number > most:
+        raise RequestError(f"{what} {number} tokens; {most} is the most.", param)
 
 
 def check_ids(ids: Iterable[int], vocab_size: int, param: str) -> None:
@@ -122,3 +141,22 @@ def answer_room(prompt_tokens: int, asked: int | None, max_model_len: int, param
         )
         raise ContextLengthError(message, param)
     return left if asked is None else asked
+
+
+def truncated(prompt: list[int], asked: int | None, max_tokens: int | None, max_model_len: int) -> list[int]:
+    """The last tokens of a prompt: as many as were asked for, all with None.
+
+    With -1 it is as many as the context has room for beside an answer of `max_tokens`, or of one.
+
+    Raises `RequestError` for more than the context has.
+    """
+    if asked is None:
+        return prompt
+    if asked > max_model_len:
+        message = (
+            f"'truncate_prompt_tokens' ({asked}) is larger than this model's maximum context length, "
+            f"{max_model_len} tokens."
+        )
+        raise RequestError(message, "truncate_prompt_tokens")
+    most = max(1, max_model_len - max(1, max_tokens or 1)) if asked < 0 else asked
+    return prompt[-most:]

@@ -78,6 +78,34 @@ def test_64_held_answers_beside_free_ones(
         assert together[name].token_ids == found[name].token_ids
 
 
+def test_words_of_several_tokens_and_all_but_a_few_tokens_are_ruled_out(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With and without a grammar; whether the engine works ahead changes nothing."""
+    allowed = tuple(range(64, 90))
+    words = ((64, 65), (65, 65), (70, 71, 72), (80, 80))
+    requests = [
+        request(f"{kind}-{seed}", SOURCES[kind] if kind == "regex" else None, 50, temperature=1.0, **rules)
+        for seed in range(12)
+        for kind, rules in {
+            "allowed": {"allowed_token_ids": allowed},
+            "bad": {"allowed_token_ids": allowed, "bad_words": words},
+            "regex": {"bad_words": words},
+        }.items()
+    ]
+    ahead = answers(engine(directory), requests)
+    monkeypatch.setattr(DeviceRunner, "steps_ahead", 0)
+    plain = answers(engine(directory), requests)
+    assert {name: delta.token_ids for name, delta in ahead.items()} == {
+        name: delta.token_ids for name, delta in plain.items()
+    }
+    for item in requests:
+        ids = plain[item.request_id].token_ids
+        pairs = [ids[at : at + len(word)] for word in words for at in range(len(ids))]
+        assert not item.sampling.bad_words or not any(tuple(found) in words for found in pairs)
+        assert not item.sampling.allowed_token_ids or set(ids) <= set(allowed)
+
+
 def test_working_ahead_and_being_preempted_change_nothing(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,8 +12,6 @@ from runtime.kernels.gpu.sampling.parameters import (
     COUNTED,
     FLAGS,
     FREQUENCY,
-    MAX_BIASES,
-    MAX_STOPS,
     MIN_LENGTH,
     NUM_BIASES,
     NUM_STOPS,
@@ -21,7 +19,7 @@ from runtime.kernels.gpu.sampling.parameters import (
     REPETITION,
 )
 from runtime.kernels.gpu.sampling.scan import parameter, parameter_float
-from runtime.protocol import SamplingParams
+from runtime.protocol import MAX_BIASES, MAX_STOPS, SamplingParams
 
 _BIASES = tl.constexpr(MAX_BIASES)
 _STOPS = tl.constexpr(MAX_STOPS)

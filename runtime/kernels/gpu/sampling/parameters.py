@@ -9,10 +9,8 @@ from dataclasses import dataclass
 import torch
 import triton.language as tl
 
-from runtime.protocol import SamplingParams
+from runtime.protocol import MAX_BIASES, MAX_STOPS, SamplingParams
 
-MAX_BIASES = 1024
-MAX_STOPS = 256
 RECORD_WORDS = 16
 
 # A record: RECORD_WORDS little-endian 32-bit words, of which these are the places.
@@ -76,7 +74,7 @@ def _counted(sampling: SamplingParams) -> bool:
 
 
 def _flags(sampling: SamplingParams) -> int:
-    adjusted = needs_tables(sampling) or sampling.grammar is not None
+    adjusted = needs_tables(sampling) or sampling.masked
     return (COUNTED.value if _counted(sampling) else 0) | (ADJUSTED.value if adjusted else 0)
 
 
