@@ -275,7 +275,7 @@ class LLM:
         banned = bans(text.tokenizer, options.bad_words)
         for place, whole in enumerate(prompts):
             wanted = options.truncate_prompt_tokens
-            prompt = truncated(whole, wanted, options.max_tokens, text.max_model_len)
+            prompt = truncated(whole, wanted, call.max_tokens, text.max_model_len)
             room = answer_room(len(prompt), call.max_tokens, text.max_model_len, "max_tokens")
             params = sampling_params(
                 options, text, max_tokens=room, logprobs=options.logprobs, banned=banned, grammar=grammar

@@ -83,11 +83,14 @@ class CompletionAnswer(BaseAnswer):
         grammar = None
         if self._form is not None:
             grammar = Grammar(source(await self._form.part()), self._form.field)
+        default = text.defaults.get("max_tokens", DEFAULT_MAX_TOKENS)
+        # An answer of no tokens has no sampling step of its own: one token is made and not shown.
+        wanted = max(1, default if request.max_tokens is None else request.max_tokens)
         for number, whole in enumerate(prompts):
-            asked = request.truncate_prompt_tokens
-            prompt = truncated(whole, asked, request.max_tokens, text.max_model_len)
+            prompt = truncated(whole, request.truncate_prompt_tokens, wanted, text.max_model_len)
             shown = self._prompts[number] if len(prompt) == len(whole) else prompt
-            sampling = self._sampling(text, len(prompt), banned, grammar)
+            room = answer_room(len(prompt), wanted, text.max_model_len, "max_tokens")
+            sampling = self._sampling(text, room, banned, grammar)
             for turn in range(self._tries):
                 place = number * self._tries + turn
                 seed = None if sampling.seed is None else (sampling.seed + turn) % (1 << 63)
@@ -104,19 +107,16 @@ class CompletionAnswer(BaseAnswer):
         return self.sequences
 
     def _sampling(
-        self, text: ModelText, prompt_tokens: int, banned: Bans, grammar: Grammar | None
+        self, text: ModelText, max_tokens: int, banned: Bans, grammar: Grammar | None
     ) -> SamplingParams:
         request = self.request
-        default = text.defaults.get("max_tokens", DEFAULT_MAX_TOKENS)
-        wanted = default if request.max_tokens is None else request.max_tokens
         ranked = self._tries > request.n
         scored = request.logprobs if request.echo else None
         asked = request.prompt_logprobs
         return sampling_params(
             request,
             text,
-            # An answer of no tokens has no sampling step of its own: one token is made and not shown.
-            max_tokens=answer_room(prompt_tokens, max(1, wanted), text.max_model_len, "max_tokens"),
+            max_tokens=max_tokens,
             logprobs=0 if ranked and request.logprobs is None else request.logprobs,
             prompt_logprobs=asked if scored is None else max(scored, asked or 0),
             banned=banned,

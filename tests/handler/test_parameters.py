@@ -118,9 +118,77 @@ class TestBans:
         assert server.complete(bad_words=["x", "y"]).status == 200
         assert len(server.engine.submitted[-1].sampling.logit_bias) == 2
 
-    def test_a_word_of_several_tokens_is_named(self, server: Server) -> None:
-        error = server.chat(bad_words=["x", "yes"]).error
-        assert (error["param"], "'yes', which takes 3" in error["message"]) == ("bad_words", True)
+    def test_words_of_several_tokens_do_not_either(self, server: Server) -> None:
+        """At the beginning of a text and behind a space, whichever way the request has it."""
+        encode = server.engine.tokenizer.encode
+        for words in (["x", "yes"], [" x", " yes"]):
+            assert server.chat(bad_words=words).status == 200
+            sampling = server.engine.submitted[-1].sampling
+            assert sampling.logit_bias == {encode("x")[0]: -math.inf}
+            assert sampling.bad_words == tuple(tuple(encode(text)) for text in (" x", "yes", " yes"))
+
+    def test_there_is_room_for_so_many_tokens(self, server: Server) -> None:
+        biases = {str(index % 264): 1 for index in range(264)}
+        assert server.chat(logit_bias=biases, bad_words=["x"]).status == 200
+        error = server.chat(min_tokens=2, stop_token_ids=[*range(128)]).json
+        assert "error" not in error
+
+
+class TestAllowed:
+    def test_nothing_else_comes(self, server: Server) -> None:
+        assert server.chat(allowed_token_ids=[7, 5, 7]).status == 200
+        assert server.engine.submitted[-1].sampling.allowed_token_ids == (7, 5)
+        assert server.complete(allowed_token_ids=[]).status == 200
+        assert server.engine.submitted[-1].sampling.allowed_token_ids == ()
+
+    @pytest.mark.parametrize(
+        ("fields", "complaint"),
+        [
+            ({"allowed_token_ids": [264]}, "ids end at 263"),
+            ({"allowed_token_ids": [-1]}, "greater than or equal to 0"),
+            ({"allowed_token_ids": ["x"]}, "integer"),
+            ({"allowed_token_ids": [ord("x") - ord("!")], "bad_words": ["x"]}, "rule out every token"),
+        ],
+    )
+    def test_what_makes_no_sense(self, server: Server, fields: dict[str, Any], complaint: str) -> None:
+        reply = server.chat(**fields)
+        assert (reply.status, reply.error["param"].split(".")[0]) == (400, "allowed_token_ids")
+        assert complaint in reply.error["message"]
+
+
+class TestTruncation:
+    def test_the_last_tokens_are_kept(self, server: Server) -> None:
+        server.chat("Hello", max_tokens=5)
+        whole = server.engine.submitted[-1].prompt_token_ids
+        reply = server.chat("Hello", max_tokens=5, truncate_prompt_tokens=7)
+        assert server.engine.submitted[-1].prompt_token_ids == whole[-7:]
+        assert reply.json["usage"]["prompt_tokens"] == 7
+        server.chat("Hello", max_tokens=5, truncate_prompt_tokens=500)
+        assert server.engine.submitted[-1].prompt_token_ids == whole
+
+    def test_minus_one_leaves_what_the_answer_needs(self, server: Server) -> None:
+        prompt = [index % 250 for index in range(3000)]
+        for fields, room in (({"max_tokens": 30}, 30), ({}, 16)):
+            assert server.complete(prompt=prompt, truncate_prompt_tokens=-1, **fields).status == 200
+            kept = server.engine.submitted[-1].prompt_token_ids
+            assert len(kept) == 512 - room
+            assert kept == prompt[-len(kept) :]
+        assert server.chat("x" * 3000, truncate_prompt_tokens=-1).status == 200
+        assert len(server.engine.submitted[-1].prompt_token_ids) == 511
+
+    def test_each_of_several_prompts_and_what_is_echoed(self, server: Server) -> None:
+        fields: dict[str, Any] = {"echo": True, "max_tokens": 0, "return_token_ids": True}
+        for prompts in (["abcdef", "xy"], [[*range(64, 70)], [87, 88]]):
+            reply = server.complete(prompt=prompts, truncate_prompt_tokens=3, **fields)
+            choices = reply.json["choices"]
+            assert [choice["text"] for choice in choices] == ["def", "xy"]
+            assert [choice["prompt_token_ids"] for choice in choices] == [[67, 68, 69], [87, 88]]
+
+    @pytest.mark.parametrize(("wanted", "complaint"), [(0, "at least one"), (-2, "-1"), (513, "512 tokens")])
+    def test_what_makes_no_sense(self, server: Server, wanted: int, complaint: str) -> None:
+        reply = server.complete(truncate_prompt_tokens=wanted)
+        assert (reply.status, reply.error["param"]) == (400, "truncate_prompt_tokens")
+        assert complaint in reply.error["message"]
 
 
 class TestTemplates:

@@ -22,7 +22,6 @@ from tests.handler.fake_engine import FakeEngine
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 LATER: dict[str, Any] = {
-    "bad_words": ["more than one token"],
     "tool_choice": "required",
     "functions": [{"name": "f"}],
     "function_call": {"name": "f"},
@@ -40,10 +39,8 @@ LATER: dict[str, Any] = {
     "documents": [{"text": "x"}],
     "mm_processor_kwargs": {"x": 1},
     "logits_processors": ["x"],
-    "allowed_token_ids": [1],
     "use_beam_search": True,
     "length_penalty": 1.5,
-    "truncate_prompt_tokens": 5,
     "spaces_between_special_tokens": False,
     "echo": True,
     "kv_transfer_params": {},
@@ -141,7 +138,7 @@ def test_values_out_of_range_are_refused_by_name(server: Server, name: str, valu
         ({"suffix": "end"}, "suffix"),
         ({"best_of": 2, "n": 3}, "best_of"),
         ({"best_of": 2, "stream": True}, "best_of"),
-        ({"bad_words": ["ab"]}, "bad_words"),
+        ({"bad_words": [""]}, "bad_words"),
         ({"tools": []}, "tools"),
         ({"prompt": []}, "prompt"),
         ({"prompt": ""}, "prompt"),

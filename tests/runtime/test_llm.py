@@ -139,6 +139,49 @@ class TestGenerate:
         assert [together[0], together[1]] == alone
 
 
+class TestRules:
+    LETTERS = list(range(64, 90))  # a to z: tokens of one byte stand in the bytes' order
+
+    def test_words_and_tokens_that_are_ruled_out_are_transformers(
+        self, llm: LLM, reference: tuple[Any, Any]
+    ) -> None:
+        model, tokenizer = reference
+
+        def answer(prompt: str, words: list[list[int]]) -> list[int]:
+            ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+            whole = model.generate(
+                ids,
+                max_new_tokens=24,
+                do_sample=False,
+                pad_token_id=0,
+                eos_token_id=None,
+                prefix_allowed_tokens_fn=lambda batch, ids: self.LETTERS,
+                bad_words_ids=words or None,
+            )
+            return whole[0, ids.shape[1] :].tolist()
+
+        for prompt in PROMPTS[:1] + PROMPTS[4:]:
+            options: dict[str, Any] = {"temperature": 0, "max_tokens": 24, "allowed_token_ids": self.LETTERS}
+            free = answer(prompt, [])
+            assert llm.generate(prompt, **options)[0].token_ids == free
+            words = [free[:2], free[5:9], free[20:23]]
+            texts = [tokenizer.decode(word) for word in words]
+            held = answer(prompt, words)
+            assert held != free
+            assert llm.generate(prompt, bad_words=texts, **options)[0].token_ids == held
+            pieces = llm.stream(prompt, bad_words=texts, **options)
+            assert [token for piece in pieces for token in piece.token_ids] == held
+
+    def test_a_prompt_is_cut_to_its_last_tokens(self, llm: LLM) -> None:
+        options: dict[str, Any] = {"temperature": 0, "max_tokens": 8}
+        (result,) = llm.generate("x" * 600 + "Once", truncate_prompt_tokens=4, **options)
+        assert result.token_ids == llm.generate("Once", **options)[0].token_ids
+        (result,) = llm.generate("x" * 600, truncate_prompt_tokens=-1, **options)
+        assert (len(result.prompt_token_ids), len(result.token_ids)) == (504, 8)
+        (result,) = llm.chat(CONVERSATION, truncate_prompt_tokens=5, **options)
+        assert len(result.prompt_token_ids) == 5
+
+
 class TestChat:
     def test_prompts_are_transformers_prompts(self, llm: LLM, reference: tuple[Any, Any]) -> None:
         conversation = [{**CONVERSATION[0]}, {"role": "user", "content": "Hi?"}]

@@ -52,9 +52,13 @@ def run(engine: Engine, requests: list[Submit]) -> dict[str, list[int]]:
 @pytest.mark.parametrize("steps_ahead", [0, 1])
 @pytest.mark.parametrize(
     "rules",
-    [{"allowed_token_ids": ALLOWED}, {"bad_words": BAD_WORDS}, {"allowed_token_ids": ALLOWED, "bad_words": BAD_WORDS}],
+    [
+        {"allowed_token_ids": ALLOWED},
+        {"bad_words": BAD_WORDS},
+        {"allowed_token_ids": ALLOWED, "bad_words": BAD_WORDS},
+    ],
     ids=["allowed", "bad words", "both"],
-)  # fmt: skip
+)
 def test_what_comes_is_what_the_rules_leave(
     grammars: Grammars, steps_ahead: int, rules: dict[str, Any]
 ) -> None:
