@@ -87,10 +87,15 @@ def status(client: EngineClient, model: str, admission: Admission) -> dict[str, 
 
 async def report_start(client: EngineClient, admission: Admission) -> None:
     """Write the start's line to stderr: after the first token if someone waits for it, else when ready."""
-    try:
-        info = await client.wait_ready()
-    except EngineUnavailable:
-        return
+    info = None
+    while info is None:
+        try:
+            info = await client.wait_ready()
+            await client.wait_verified()
+        except EngineUnavailable:
+            info = None
+            if client.state in ("failed", "draining"):
+                return
     client.marks.setdefault("ready", marks.since_exec())
     await admission.settled.wait()
     line = {"event": "start", "marks": client.marks, **info.counters}

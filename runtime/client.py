@@ -1,10 +1,9 @@
 """Starts, supervises and talks to the engine's processes. The handler and the Python API both sit on it.
 
 The engine is a child process for each of its ranks, at the other end of a socket pair. If one of them dies,
-the others are ended, and whatever was in flight
-ends with `EngineUnavailable`, and it is started again; if it says that starting again cannot help
-(`Fatal`), the client stays up in the state "failed" and says why. An engine that dies in its sleep, or
-was told to leave, is started again by the next request.
+the others are ended, whatever was in flight ends with `EngineUnavailable`, and it is started again; if it
+says that starting again cannot help (`Fatal`), the client stays up in the state "failed" and says why. An
+engine that dies in its sleep, or was told to leave, is started again by the next request.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from runtime.protocol import (
     decode_event,
     encode_frame,
 )
-from runtime.token_stream import EngineUnavailable, TokenStream
+from runtime.token_stream import Confirmation, EngineUnavailable, TokenStream
 
 __all__ = ["EngineClient", "EngineUnavailable", "State", "TokenStream"]
 
@@ -72,6 +71,7 @@ class EngineClient:
         self._writer: asyncio.StreamWriter | None = None
         self._outbox: list[bytes] = []
         self._streams: dict[str, TokenStream] = {}
+        self._confirmation = Confirmation()
         self._changed = asyncio.Event()
         self._directory: Path | None = None
         self._failed_starts = 0
@@ -233,6 +233,11 @@ class EngineClient:
             await self._wait_change()
         return self.info
 
+    async def wait_verified(self) -> None:
+        """Like `wait_ready`, and until the engine's weights are verified. Raises `EngineUnavailable`."""
+        await self.wait_ready()
+        await self._confirmation.wait()
+
     async def wait_directory(self) -> Path:
         """The folder with config and tokenizer files, as soon as they are there (before the weights)."""
         while self._directory is None:
@@ -310,10 +315,10 @@ class EngineClient:
             case Ready():
                 self.info = event
                 self.marks.update(event.marks)
+                self._confirmation = Confirmation(event.unverified)
                 self._set_state("warm")
             case Mark():
-                self.marks.setdefault(event.name, event.seconds)
-                self._notify()
+                self._note_mark(event)
             case Asleep():
                 self.sleeps += 1
                 self.sleep_level = event.level
@@ -329,6 +334,12 @@ class EngineClient:
             case Broken():
                 self._broken = event.message
 
+    def _note_mark(self, mark: Mark) -> None:
+        self.marks.setdefault(mark.name, mark.seconds)
+        if mark.name == "verified":
+            self._confirmation.confirm()
+        self._notify()
+
     def _note_awake(self, seconds: float) -> None:
         if self.sleep_level is not None:
             self.wakes += 1
@@ -343,7 +354,7 @@ class EngineClient:
             return  # aborted here while this was on its way
         if delta.finish_reason is not None:
             del self._streams[delta.request_id]
-        stream.put(delta)
+        stream.put(delta, self._confirmation)
 
     # ---- death ---------------------------------------------------------------------------------
 
@@ -356,16 +367,14 @@ class EngineClient:
                 await asyncio.to_thread(process.wait)
 
     def _note_death(self, first: EngineProcess) -> None:
-        doing = "serving" if self.info else "starting"
-        if self.state in ("asleep", "waking"):
-            doing = self.state
+        asleep = self.state in ("asleep", "waking")
+        doing = self.state if asleep else "serving" if self.info else "starting"
         whose = "The engine" if len(self._ranks) == 1 else f"Rank {first.rank} of the engine"
-        ended = f"{whose} ended {first.ending()} while it was {doing}"
-        if self._broken is not None:
-            ended = self._broken.removesuffix(".")
+        ended = (self._broken or f"{whose} ended {first.ending()} while it was {doing}").removesuffix(".")
         died_asleep = self.state == "asleep"
         self._failed_starts = 0 if self.info else self._failed_starts + 1
         self._outbox.clear()
+        self._end_streams(EngineUnavailable(f"{ended}; it is being restarted.", 2.0))
         self._forget_engine()
         if self._failed_starts >= MAX_FAILED_STARTS:
             self.failure = f"{ended}, {self._failed_starts} times in a row; its own messages are on stderr."
@@ -374,16 +383,17 @@ class EngineClient:
             self.restarts += 1
             self._set_state("cold" if died_asleep else "loading")
         print(f"firstlight: {ended}", file=sys.stderr, flush=True)
-        self._end_streams(EngineUnavailable(f"{ended}; it is being restarted.", 2.0))
 
     def _forget_engine(self) -> None:
         """What was said of an engine holds no longer."""
+        self._confirmation.refute(EngineUnavailable("The engine ended before its weights were verified."))
         self.info = self.sleep_level = self._broken = None
         self._ranks = []
         self.stats = EngineStats()
         self._notify()
 
     def _end_streams(self, error: EngineUnavailable) -> None:
+        self._confirmation.refute(error)
         streams, self._streams = set(self._streams.values()), {}
         for stream in streams:
             stream.fail(error)

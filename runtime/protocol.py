@@ -176,7 +176,11 @@ class Progress(msgspec.Struct, tag="progress", omit_defaults=True, kw_only=True)
 
 
 class Ready(msgspec.Struct, tag="ready", kw_only=True):
-    """The engine takes requests. `marks` are seconds since the handler process was executed."""
+    """The engine takes requests. `marks` are seconds since the handler process was executed.
+
+    With `unverified` it computes with bytes of a download whose digests are not known yet: no answer may
+    end before the mark `verified` follows. If they are wrong, `Broken` follows instead.
+    """
 
     device: str
     dtype: str
@@ -187,6 +191,7 @@ class Ready(msgspec.Struct, tag="ready", kw_only=True):
     weight_bytes: int
     marks: dict[str, float]
     counters: dict[str, int]
+    unverified: bool = False
 
 
 class TokenLogprobs(msgspec.Struct, array_like=True):
@@ -242,7 +247,7 @@ class StepOutput(msgspec.Struct, tag="step", kw_only=True):
 
 
 class Mark(msgspec.Struct, tag="mark"):
-    """A start mark that was reached after `Ready`, e.g. `first_token`."""
+    """A start mark that was reached after `Ready`, e.g. `first_token` or `verified`."""
 
     name: str
     seconds: float

@@ -16,6 +16,7 @@ from runtime.engine.channel import Channel
 from runtime.engine.pace import hurry, settle
 from runtime.engine.start import start
 from runtime.engine.turns import FollowingChannel, LeadingChannel
+from runtime.engine.verification import WrongWeights
 from runtime.engine.watchdog import Watchdog
 from runtime.errors import FirstlightError
 from runtime.parallel.control import LostRank, Meeting
@@ -70,13 +71,18 @@ def _serve(
 ) -> int:
     """Start, and serve what `turns` says until the end; the exit status."""
     try:
-        engine, ready, sleeper = start(config, turns.send, ranks)
+        engine, ready, sleeper, verification = start(config, turns.send, ranks)
+    except WrongWeights as error:
+        _tell(channel, Broken(str(error)))
+        return 1
     except FirstlightError as error:
         _tell(channel, Fatal(str(error)))
         return 1
     from runtime.engine.loop import serve  # imports torch: not before `start` has done so in its own time
 
     turns.send(ready)
+    if verification is not None:
+        verification.begin(turns.send, lambda why: _tell(channel, Broken(why)))
     settle()
     try:
         serve(engine, sleeper, turns)
@@ -84,6 +90,8 @@ def _serve(
         print(f"firstlight: {error}", file=sys.stderr, flush=True)
         _tell(channel, Broken(str(error)))
         return 1
+    if verification is not None:
+        verification.join()  # what was answered has not ended before
     return 0
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from runtime import marks
 from runtime.engine.deferred import import_torch
+from runtime.engine.verification import Verification
 from runtime.errors import FirstlightError
 from runtime.kernels import native
 from runtime.model.families import ForeignModel, Model, read_model
@@ -82,6 +83,8 @@ class Preparation(threading.Thread):
         self.model: Model | ForeignModel
         self.plan: Plan
         self.weights: MappedWeights | DeviceWeights
+        # Of weights whose digests are not known yet.
+        self.verification: Verification | None = None
         self._arena: DeviceWeights | None = None
         self._device = _Device(config.device)
         self.device = "cpu"
@@ -125,6 +128,7 @@ class Preparation(threading.Thread):
             if not arrival.ended and self._loaded_as_it_comes(arrival):
                 return
             arrival.settle()
+            self._mark("verified")
         self.model = read_model(directory)
         self._load(directory, OPEN)
 
@@ -137,7 +141,11 @@ class Preparation(threading.Thread):
             if arrival.settle():
                 raise
         else:
+            if self._ranks is None and isinstance(self.model, Model):
+                self.verification = Verification(arrival, self.weights)
+                return True
             if arrival.settle():
+                self._mark("verified")
                 self.weights.gate = OPEN
                 return True
         if self._arena is not None:
@@ -205,10 +213,10 @@ def _check_size(model: Model | ForeignModel, world_size: int) -> None:
 
 def start(
     config: EngineConfig, send: Callable[[Event], None], ranks: Ranks | None = None
-) -> tuple[Engine, Ready, Sleeper]:
+) -> tuple[Engine, Ready, Sleeper, Verification | None]:
     """Load the model and build its engine, or with `ranks` this rank's part of it.
 
-    Raises `FirstlightError` for what a person must mend.
+    Raises `FirstlightError` for what a person must mend, but `WrongWeights` for what another start will.
     """
     native.share_cores(config.world_size)
     preparation = Preparation(config, send, ranks)
@@ -232,10 +240,22 @@ def start(
         raise RuntimeError("The ranks have different versions of the model; it changed at its source.")
     device = preparation.device
     memory = _memory(preparation, config.world_size)
-    engine, dtype = build_engine(
-        config, preparation.directory, preparation.model, preparation.weights.tensors, device, memory, group
-    )
-    sleeper = Sleeper(engine, memory, send)
+    verification = preparation.verification
+    try:
+        engine, dtype = build_engine(
+            config,
+            preparation.directory,
+            preparation.model,
+            preparation.weights.tensors,
+            device,
+            memory,
+            group,
+        )
+        sleeper = Sleeper(engine, memory, send)
+    except Exception:
+        if verification is not None:
+            verification.judge()
+        raise
     ready = Ready(
         device=device,
         dtype=str(dtype).removeprefix("torch."),
@@ -246,8 +266,9 @@ def start(
         weight_bytes=preparation.plan.read_bytes,
         marks={**preparation.marks, "torch": torch_imported, "ready": marks.since_exec()},
         counters={**_bytes(preparation, ranks), "kernels_compiled": _kernels_compiled(device)},
+        unverified=verification is not None,
     )
-    return engine, ready, sleeper
+    return engine, ready, sleeper, verification
 
 
 def _bytes(preparation: Preparation, ranks: Ranks | None) -> dict[str, int]:

@@ -15,6 +15,7 @@ class TokenStream(Protocol):
     def __aiter__(self) -> AsyncIterator[list[TokenDelta]]: ...
     def abort(self, request_id: str, /) -> None: ...
     def close(self) -> None: ...
+    async def confirmed(self) -> None: ...
 
 
 class Engine(Protocol):
@@ -26,8 +27,9 @@ class Engine(Protocol):
 async def run(client: Engine, sequences: list[Sequence]) -> AsyncGenerator[list[TextDelta]]:
     """The text of all sequences as it comes; each item holds everything that has arrived, by sequence.
 
-    Ends once every sequence has. Closing it, cancelling it or an error aborts what is still running.
-    Raises `EngineUnavailable` if the engine dies, and what `Sequence.take` raises.
+    Ends once every sequence has, which none does before the engine's weights are verified. Closing it,
+    cancelling it or an error aborts what is still running. Raises `EngineUnavailable` if the engine dies or
+    its weights were wrong, and what `Sequence.take` raises.
     """
     running = {sequence.submit.request_id: sequence for sequence in sequences}
     stream = client.submit(*(sequence.submit for sequence in sequences))
@@ -43,6 +45,8 @@ async def run(client: Engine, sequences: list[Sequence]) -> AsyncGenerator[list[
                     del running[request_id]
                     stream.abort(request_id)
                 batch.append(text)
+            if any(text.finish_reason is not None for text in batch):
+                await stream.confirmed()
             if batch:
                 yield batch
     finally:

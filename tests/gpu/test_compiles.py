@@ -112,7 +112,7 @@ from runtime.kernels.gpu import cache
 config = EngineConfig(
     model=ModelSpec(id="m", source=sys.argv[1]), cache_dir=sys.argv[2], device="cuda", kv_cache_bytes=1 << 28
 )
-engine, ready, _ = start(config, lambda event: None)
+engine, ready, *_ = start(config, lambda event: None)
 print("start:", ready.counters["kernels_compiled"], *cache.compiled())
 KINDS = [
     {"temperature": 0.0}, {"temperature": 1.0, "seed": 1}, {"top_k": 20}, {"top_p": 0.9}, {"min_p": 0.1},

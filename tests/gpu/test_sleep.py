@@ -32,7 +32,7 @@ def make(directory: Path, events: list[Event], **settings: Any) -> tuple[Engine,
     spec = ModelSpec(id="tiny", source=str(directory))
     chosen = {"device": "cuda", "kv_cache_bytes": 512 << 20, "max_num_seqs": 16} | settings
     config = EngineConfig(model=spec, cache_dir=str(directory), **chosen)
-    engine, _, sleeper = start(config, events.append)
+    engine, _, sleeper, _ = start(config, events.append)
     return engine, sleeper
 
 

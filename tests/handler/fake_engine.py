@@ -67,6 +67,9 @@ class FakeStream:
             self.running.discard(request_id)
             self.engine.abort([request_id])
 
+    async def confirmed(self) -> None:
+        pass
+
     def close(self) -> None:
         self.engine.abort(sorted(self.running))
         self.running.clear()
@@ -146,6 +149,9 @@ class FakeEngine:
         while self.info is None:
             await self.changed.wait()
         return self.info
+
+    async def wait_verified(self) -> None:
+        await self.wait_ready()
 
     async def wait_directory(self) -> Path:
         return self.directory

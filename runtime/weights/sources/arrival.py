@@ -22,6 +22,7 @@ from runtime.weights.sources.reference import Reference
 
 # A process that was killed is started again: it continues where it was.
 _MAX_STARTS = 3
+_POLL_S = 0.01
 
 
 class Came(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
@@ -91,14 +92,34 @@ class Arrival:
         self._landing = self._landing or Landing(self.directory, self._stop)
         return self._landing
 
+    def confirm(self) -> None:
+        """Wait until all that was read through the gate is known to be right. The gate stays open.
+
+        Raises `Replaced` as soon as something was not, and what the fetch raised.
+        """
+        while not self.gate.check():
+            with self._changed:
+                if self._changed.wait_for(lambda: self._ended, _POLL_S):
+                    break
+        else:
+            return
+        if self._error is not None:
+            raise self._error
+        if not self.gate.check():
+            raise AssertionError("a fetch ended well, without all of its files in place")
+
+    def end(self) -> None:
+        """Wait for the end of the fetch. Raises what it raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
     def settle(self) -> bool:
         """Wait for the end of the fetch; whether all that was read through the gate was right.
 
         If not, it is there by now, and must be read again. Raises what the fetch raised.
         """
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
+        self.end()
         if self._landing is None:
             return True
         right = self._landing.verified()

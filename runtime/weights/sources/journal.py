@@ -45,9 +45,12 @@ class Journal:
         self._manifest = Manifest(_boot_id(), list(files), [])
         self._indices = {file.name: i for i, file in enumerate(files)}
         self._done = [Intervals() for _ in files]
+        self._times_forgotten = [0] * len(files)
         earlier = read_manifest(directory)
         if earlier is not None and earlier.files == self._manifest.files:
-            self._done = read_records(directory, len(files))
+            records = Records(directory, len(files))
+            records.read_on()
+            self._done, self._times_forgotten = records.done, records.times_forgotten
             if earlier.boot_id != self._manifest.boot_id:
                 self._drop_unverifiable()
         else:
@@ -77,7 +80,12 @@ class Journal:
     def forget(self, name: str) -> None:
         """Record that nothing of this file is of use: its content failed verification."""
         self._done[self._indices[name]] = Intervals()
+        self._times_forgotten[self._indices[name]] += 1
         os.write(self._fd, _pack(self._indices[name], 0, 0))
+
+    def times_forgotten(self, name: str) -> int:
+        """How often this file was forgotten, by this process and by those before it."""
+        return self._times_forgotten[self._indices[name]]
 
     def _cut_torn_record(self) -> None:
         whole = os.fstat(self._fd).st_size // _RECORD.size * _RECORD.size
@@ -88,9 +96,11 @@ class Journal:
             if file.sha256 is None and file.git_sha1 is None:
                 self._done[i] = Intervals()
         # The new boot id goes into the manifest, so the records must say the same from here on.
-        records = b"".join(
+        forgotten = [_pack(i, 0, 0) * times for i, times in enumerate(self._times_forgotten)]
+        here = [
             _pack(i, start, end - start) for i, done in enumerate(self._done) for start, end in done.ranges()
-        )
+        ]
+        records = b"".join(forgotten + here)
         (self._directory / _RECORDS).write_bytes(records)
 
     def _write_manifest(self) -> None:
@@ -110,13 +120,15 @@ def read_manifest(directory: Path) -> Manifest | None:
 class Records:
     """The records of an unfinished download, followed while this or another process appends to them.
 
-    `done` holds what is on the disk of each of the manifest's `count` files.
+    Of each of the manifest's `count` files, `done` holds what is on the disk, and `times_forgotten` how often
+    it failed verification.
     """
 
     def __init__(self, directory: Path, count: int) -> None:
         self._path = directory / _RECORDS
         self._at = 0
         self.done = [Intervals() for _ in range(count)]
+        self.times_forgotten = [0] * count
 
     def read_on(self) -> None:
         """Take in what was appended since the last time."""
@@ -134,6 +146,7 @@ class Records:
                 self.done[index].add(offset, offset + length)
             else:
                 self.done[index] = Intervals()
+                self.times_forgotten[index] += 1
             self._at += _RECORD.size
 
 

@@ -26,7 +26,7 @@ _POLL_S = 0.003
 
 
 class Replaced(Exception):
-    """What was read of a file was not what it should hold: open it again, and read it again."""
+    """What was read of the named file was not what it should hold: open it again, and read it again."""
 
 
 class Landing:
@@ -69,7 +69,7 @@ class Landing:
                 self._opened[file.name] = os.dup(descriptor)
         if not os.path.sameopenfile(self._opened[file.name], descriptor):
             os.close(descriptor)
-            raise Replaced
+            raise Replaced(file.name)
         return descriptor
 
     def wait(self, file: Path, start: int, stop: int) -> None:
@@ -78,7 +78,7 @@ class Landing:
             landed = self._landed(file.name, start, stop)
             # Looked at after the records: those of the file in whose place another came may say more.
             if not (self._is_at(self._partial, file.name) or self._in_place(file.name)):
-                raise Replaced
+                raise Replaced(file.name)
             if landed:
                 return
             self._pause()
@@ -91,9 +91,18 @@ class Landing:
         return transfer.turn(self._numbers.get(file.name, 0), start)
 
     def verified(self) -> bool:
-        """Whether every file that was opened is whole and holds what it should."""
+        """Whether every file that was opened is whole and holds what it should, as far as is known."""
         with self._lock:
             return all(self._in_place(name) for name in self._opened)
+
+    def check(self) -> bool:
+        """Like `verified`, but raises Replaced as soon as one of them is known to hold something else."""
+        with self._lock:
+            for name in self._opened:
+                # In this order: it may be moved from the one place to the other meanwhile.
+                if not (self._is_at(self._partial, name) or self._in_place(name)):
+                    raise Replaced(name)
+        return self.verified()
 
     def close(self) -> None:
         """Let go of the files; descriptors that were handed out stay open."""

@@ -14,7 +14,8 @@ from runtime.weights.sources.remote import RemoteFile
 if TYPE_CHECKING:
     from runtime.weights.sources.mover import Body
 
-_READ_BYTES = 4 << 20
+# What was read is still in the processor's own cache when it is hashed.
+_READ_BYTES = 1 << 20
 _POLL_S = 0.005
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import heapq
+import os
+import sys
 import threading
 import time
 from collections import deque
@@ -28,6 +30,7 @@ BLOCK_BYTES = 2 << 20
 # A file is verified by one thread, from its beginning on: so that many files are brought at once.
 FILES_AT_ONCE = 8
 _REPORT_S = 0.1
+_VERIFYING_NICENESS = 10
 # Once there is nothing left to ask for, nobody waits longer than this for a connection that has gone silent.
 SILENT_S = 3.0
 
@@ -95,14 +98,17 @@ class Download:
     def run(self, files: Sequence[RemoteFile], report: Callable[[], None]) -> None:
         """Bring all `files` to their final place; `report` is called a few times a second.
 
-        A file whose content fails verification is fetched once more from the start.
+        A file whose content fails verification is fetched once more from the start, by this process or, if
+        it does not live that long, by another that continues the download.
         """
         pending = [file for file in files if not self._in_place(file)]
-        for final in (False, True):
+        while True:
             if pending:
                 pending = _Round(self._remote, self._open(pending), self._final_dir).run(report)
             report()
-            if pending and final:
+            if not pending:
+                return
+            if max(self._journal.times_forgotten(file.name) for file in pending) > 1:
                 names = ", ".join(file.name for file in pending)
                 raise SourceError(
                     "verification",
@@ -183,6 +189,9 @@ class _Round:
                 body.hang_up()
 
     def _verify_files(self) -> None:
+        if sys.platform == "linux":
+            # Of this thread alone: hashing is for the processors that landing the bytes leaves idle.
+            os.setpriority(os.PRIO_PROCESS, 0, _VERIFYING_NICENESS)
         while True:
             with self._lock:
                 if not self._unverified:

@@ -82,7 +82,7 @@ def differences(model: Any, prompts: dict[str, list[int]], answers: dict[str, li
 def make_engine(directory: Path, **changes: Any) -> Engine:
     spec = ModelSpec(id="tiny", source=str(directory))
     settings = {"device": "cpu", "kv_cache_bytes": 8 << 20, "max_num_seqs": 16} | changes
-    engine, _, _ = start(EngineConfig(model=spec, cache_dir=str(directory), **settings), lambda event: None)
+    engine, *_ = start(EngineConfig(model=spec, cache_dir=str(directory), **settings), lambda event: None)
     return engine
 
 

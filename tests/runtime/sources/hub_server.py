@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
+_DRIP_S = 0.3
+
 Lie = Literal["elsewhere", "unlabelled", "longer", "shorter", "size"]
 
 
@@ -67,7 +69,7 @@ class Fault:
     bytes of the body, `reset_after` resets it; `corrupt` flips a bit of the byte `corrupt_at`;
     `ignore_range` answers 200 with the whole file; `lie` is what a 206 answer gets wrong, see
     `lying_range`; `pause` is called after `pause_after` bytes of the body, and the rest goes out when it
-    returns.
+    returns; until `drips_until` is set, what follows those comes byte by byte, so that nobody gives it up.
     """
 
     match: str
@@ -82,6 +84,7 @@ class Fault:
     lie: Lie | None = None
     pause: Callable[[], object] | None = None
     pause_after: int = 0
+    drips_until: threading.Event | None = None
 
 
 @dataclass
@@ -315,6 +318,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._write(body[: fault.pause_after])
             fault.pause()
             self._write(body[fault.pause_after :])
+        elif fault.drips_until is not None:
+            self._drip(body, fault.pause_after, fault.drips_until)
         elif fault.cut_after is not None:
             self._write(body[: fault.cut_after])
             self.connection.shutdown(socket.SHUT_RDWR)
@@ -325,6 +330,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         else:
             self._write(body)
+
+    def _drip(self, body: bytes, at: int, until: threading.Event) -> None:
+        self._write(body[:at])
+        while not until.wait(_DRIP_S):
+            self._write(body[at : at + 1])
+            at += 1
+        self._write(body[at:])
 
     def _write(self, data: bytes) -> None:
         for at in range(0, len(data), 1 << 16):
