@@ -33,6 +33,7 @@ from handler.openai.models import list_models, show_model
 from handler.openai.openapi import show_openapi
 from handler.openai.responses.answer import Responses
 from handler.openai.tokenize import Detokenize, Tokenize, show_tokenizer
+from handler.paths import PlainPaths, advice
 from handler.request_id import RequestIds
 from handler.service import Service
 from handler.settings import ServerSettings
@@ -64,6 +65,7 @@ def create_app(
         middleware.append(_cross_origin(settings.allowed_origins))
     if settings.api_keys:
         middleware.append(Middleware(BearerAuth, keys=settings.api_keys))
+    middleware.append(Middleware(PlainPaths))
     app = Starlette(
         routes=[
             _post("/v1/chat/completions", fleet, lambda service: Endpoint(service, ChatCompletions(service))),
@@ -196,9 +198,13 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = request.scope["path"][:200]
     if error.status_code == 404 and error.detail == "Not Found":
-        answer = ApiError(404, f"There is nothing at {path}.", code="not_found")
+        answer = ApiError(404, f"There is nothing at {path}; {advice(path)}", code="not_found")
     elif error.status_code == 405:
         message = f"{path} does not take {request.method}."
+        if request.method == "OPTIONS" and (origin := request.headers.get("origin")):
+            message = (
+                f"Pages of {origin[:200]} may not call this server: start it with --allowed-origins for that."
+            )
         answer = ApiError(405, message, code="method_not_allowed", headers=error.headers)
     else:
         answer = ApiError(error.status_code, error.detail, headers=error.headers)

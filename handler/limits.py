@@ -64,7 +64,7 @@ def _check_media_type(content_type: bytes) -> None:
     """A page of another origin can send anything but JSON without asking the server first."""
     media_type = content_type.split(b";")[0].strip().lower()
     if media_type != b"application/json" and not media_type.endswith(b"+json"):
-        shown = media_type.decode("latin-1")[:100]
+        shown = media_type.decode("latin-1")[:100] or "of no type"
         message = f"The body is said to be {shown}; send it with 'Content-Type: application/json'."
         raise ApiError(415, message, code="unsupported_media_type")
 

@@ -31,7 +31,7 @@ class ChatCompletions:
     def parse(self, body: Any) -> ChatAnswer:
         """The request in a decoded body. Raises `ApiError` for one that cannot be served."""
         request = parse(ChatRequest, body)
-        if request.top_logprobs is not None and not request.logprobs:
+        if request.top_logprobs and not request.logprobs:
             message = "'top_logprobs' is only valid together with 'logprobs': true."
             raise ApiError(400, message, param="top_logprobs", code="invalid_value")
         given = request.model_fields_set

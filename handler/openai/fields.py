@@ -109,6 +109,12 @@ def settle(body: dict[str, Any], accepted: frozenset[str]) -> dict[str, Any]:
 # What other programs call a field of ours, too differently to be found by its spelling.
 _ELSEWHERE = {
     "enable_thinking": "chat_template_kwargs",
+    "think": "chat_template_kwargs",
+    "thinking": "chat_template_kwargs",
+    "reasoning": "reasoning_effort",
+    "max_new_tokens": "max_tokens",
+    "max_output_tokens": "max_tokens",
+    "stop_sequences": "stop",
     "num_predict": "max_tokens",
     "n_predict": "max_tokens",
     "grammar": "structured_outputs",

@@ -17,6 +17,8 @@ MAX_PROMPTS = 1024
 
 BadWord = Annotated[str, Field(min_length=1, max_length=256)]
 StopText = Annotated[str, Field(min_length=1, max_length=1024)]
+# Editors send one for everything that may follow a line of code.
+Stops = StopText | Annotated[list[StopText], Field(max_length=64)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 # One bad id is enough: a million complaints about a million bad ids would only cost memory.
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
@@ -54,7 +56,7 @@ class Sampling(Strict):
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field({}, max_length=1024)
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
     n: int = Field(1, ge=1, le=MAX_N)
-    stop: StopText | Annotated[list[StopText], Field(max_length=16)] = []
+    stop: Stops = []
     stop_token_ids: list[TokenId] = Field([], max_length=128)
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False

@@ -129,6 +129,10 @@ class TestMethodsAndPaths:
     def test_no_other_origin_is_let_in(self, server: Server) -> None:
         reply = server.get("/v1/models", {"Origin": "https://elsewhere.example"})
         assert "access-control-allow-origin" not in reply.headers
+        asked = {"Origin": "https://elsewhere.example", "Access-Control-Request-Method": "POST"}
+        refused = server.request("OPTIONS", "/v1/chat/completions", headers=asked)
+        assert refused.status == 405
+        assert "start it with --allowed-origins" in refused.error["message"]
 
 
 class TestOtherOrigins:

@@ -88,7 +88,7 @@ WRONG: list[tuple[str, Any]] = [
     ("seed", 1 << 63),
     ("seed", 1 << 200),
     ("stop", ""),
-    ("stop", ["x"] * 17),
+    ("stop", ["x"] * 65),
     ("stop", 5),
     ("stop_token_ids", [-1]),
     ("stop_token_ids", [264]),

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from handler.openai.messages import MAX_MESSAGES, FunctionName
-from handler.openai.schema import MAX_LOGPROBS, ReasoningEffort, StopText
+from handler.openai.schema import MAX_LOGPROBS, ReasoningEffort, Stops
 from handler.openai.strict import NumTokens, Off, Strict
 from handler.openai.structured import AnyObject, NamedSchema, PlainText
 from handler.openai.tools import MAX_TOOLS, Choice, Function
@@ -173,7 +173,7 @@ class ResponsesRequest(Strict):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
-    stop: StopText | Annotated[list[StopText], Field(max_length=16)] = []
+    stop: Stops = []
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     include: list[Literal["message.output_text.logprobs"]] = []
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)] = []
