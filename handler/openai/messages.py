@@ -52,6 +52,8 @@ class CalledFunction(Strict):
 
     name: FunctionName
     arguments: str
+    # What the client's own helpers read in the arguments.
+    parsed_arguments: Any = None
 
 
 class ToolCall(Strict):
@@ -90,6 +92,8 @@ class Reply(Strict):
     reasoning_content: str | None = None
     reasoning: str | None = None  # the same by vLLM's newer name
     refusal: str | None = None
+    # What the client's own helpers read in the content.
+    parsed: Any = None
     # What else clients send back of an answer; only their empty values make sense here.
     function_call: None = None
     audio: None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
@@ -35,6 +36,8 @@ Off = Annotated[bool, AfterValidator(_must_be_off), WithJsonSchema({"type": "boo
 NumTokens = Annotated[int, Field(ge=1, lt=1 << 31)]
 
 T = TypeVar("T", bound=Strict)
+# Of a kind, in a body: more than any client's library knows.
+_MOST_NULLS = 32
 
 
 def parse(model: type[T], body: Any) -> T:
@@ -42,10 +45,44 @@ def parse(model: type[T], body: Any) -> T:
     if not isinstance(body, dict):
         raise ApiError(400, "The request body must be a JSON object.", code="invalid_type")
     kept = settle(body, frozenset(model.model_fields))
-    try:
-        return model.model_validate(kept)
-    except ValidationError as error:
-        raise _as_api_error(error, kept) from None
+    for _ in range(_MOST_NULLS):
+        try:
+            return model.model_validate(kept)
+        except ValidationError as error:
+            fitting = _without_nulls(error, kept)
+            if fitting is None:
+                raise _as_api_error(error, kept) from None
+            kept = fitting
+    raise ApiError(400, "The request has too many unknown fields.", code="unknown_parameter")
+
+
+def _without_nulls(error: ValidationError, body: dict[str, Any]) -> dict[str, Any] | None:
+    """The body without the unknown fields that are null, in whatever is in one list; None if there are none.
+
+    Clients put into a conversation what their libraries made of answers, with a null for every field that
+    the library knows: it asks for nothing.
+    """
+    complaints = error.errors(include_url=False)
+    nulls = [one for one in complaints if one["type"] == "extra_forbidden" and one["input"] is None]
+    if not nulls:
+        return None
+    body = copy.deepcopy(body)
+    for complaint in nulls:
+        *path, name = _path(complaint["loc"], body)
+        holders: list[Any] = [body]
+        for step in path:
+            holders = [item for holder in holders for item in _within(holder, step)]
+        for holder in holders:
+            if isinstance(holder, dict) and holder.get(name, 0) is None:
+                del holder[name]
+    return body
+
+
+def _within(holder: Any, step: str) -> list[Any]:
+    """What is at a step of a path: for a list all that is in it."""
+    if isinstance(holder, list):
+        return holder
+    return [holder[step]] if isinstance(holder, dict) and step in holder else []
 
 
 def _as_api_error(error: ValidationError, body: dict[str, Any]) -> ApiError:

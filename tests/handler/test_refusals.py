@@ -120,6 +120,22 @@ def test_null_asks_for_nothing(server: Server, name: str) -> None:
     assert server.chat(**{name: None}).status == 200
 
 
+def test_nulls_of_fields_that_only_libraries_know_ask_for_nothing(server: Server) -> None:
+    """As when an answer's `model_dump()` goes back into the conversation."""
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}", "parsed": None}}
+    turns: list[dict[str, Any]] = [
+        {"role": "user", "content": "Hi", "tool_calls": None, "id": None},
+        {"role": "assistant", "content": None, "tool_calls": [call], "namespace": None},
+        {"role": "tool", "content": "1", "tool_call_id": "c", "namespace": None, "status": None},
+    ] * 3
+    assert server.post("/v1/chat/completions", {"messages": turns}).status == 200
+    turns[1]["namespace"] = "x"
+    refused = server.post("/v1/chat/completions", {"messages": turns})
+    assert (refused.status, refused.error["param"]) == (400, "messages.1.namespace")
+    many = {"role": "user", "content": "Hi", **{f"x{number}": None for number in range(200)}}
+    assert server.post("/v1/chat/completions", {"messages": [many] * 3}).status == 200
+
+
 def test_what_changes_nothing_is_let_through(server: Server) -> None:
     assert server.chat(**WITHOUT_EFFECT).json["choices"][0]["message"]["content"] == GREETING
 

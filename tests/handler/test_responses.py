@@ -207,20 +207,20 @@ def test_an_engine_that_dies_ends_the_stream(make_server: Make) -> None:
     ("fields", "param"),
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
-        ({"store": True}, "store"),
         ({"background": True}, "background"),
         ({"conversation": "c"}, "conversation"),
         ({"truncation": "auto"}, "truncation"),
-        ({"include": ["reasoning.encrypted_content"]}, "include.0"),
+        ({"include": ["computer_call_output.output.image_url"]}, "include.0"),
         ({"text": {"format": {"type": "grammar"}}}, "text.format.type"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
         ({"reasoning": {"effort": "high"}}, "reasoning_effort"),
-        ({"reasoning": {"summary": "auto"}}, "reasoning.summary"),
+        ({"reasoning": {"summary": "detailed"}}, "reasoning.summary"),
         ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
         ({"tools": [], "tool_choice": "required"}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "other"}}, "tool_choice"),
         ({"input": []}, "input"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0.type"),
+        ({"input": [{"type": "computer_call", "id": "x"}]}, "input.0.type"),
+        ({"input": [{"role": "user", "content": "Hi"}, {"type": "item_reference", "id": "x"}]}, "input.1"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content.0.type"),
         ({"input": [{"type": "function_call", "call_id": "1", "name": "f"}]}, "input.0.arguments"),
         (
@@ -242,6 +242,34 @@ def test_what_changes_nothing_is_let_through(server: Server) -> None:
     fields = {"store": False, "truncation": "disabled", "background": False, "user": "u", "tools": []}
     text = {"format": {"type": "text"}, "verbosity": "medium"}
     assert respond(server, **fields, text=text, include=[], previous_response_id=None).status == 200
+
+
+def test_what_agents_send_with_every_request(agent: Server) -> None:
+    """Nothing is kept, and the answer says so; reasoning is handed out in the plain, and taken back so."""
+    sent: dict[str, Any] = {
+        "store": True,
+        "include": ["reasoning.encrypted_content"],
+        "reasoning": {"effort": None, "summary": "auto"},
+        "prompt_cache_key": "k",
+        "parallel_tool_calls": False,
+        "tools": [TOOL],
+    }
+    client = client_of(agent)
+    first = client.create(model=MODEL, input="Hi", **sent)
+    assert first.store is False
+    reasoning = first.output[0]
+    assert (reasoning.type, reasoning.encrypted_content) == ("reasoning", None)
+    assert first.output[1].content[0].logprobs in (None, [])
+    again = [{"role": "user", "content": "Hi"}, *(item.model_dump() for item in first.output)]
+    client.create(model=MODEL, input=[*again, {"role": "user", "content": "And now?"}], **sent)
+    assert "Let me see." in reasoning.content[0].text
+    assert '"Berlin"' in prompt(agent)
+
+
+def test_what_is_not_kept_cannot_be_referred_to(server: Server) -> None:
+    reply = respond(server, input=[{"type": "item_reference", "id": "msg_1"}])
+    assert "'msg_1' of an earlier response" in reply.error["message"]
+    assert "'store': false" in reply.error["message"]
 
 
 def test_embeddings_are_declined_clearly(server: Server) -> None:

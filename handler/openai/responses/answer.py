@@ -58,7 +58,7 @@ class ResponsesAnswer:
         self.id = f"resp_{uuid.uuid4().hex}"
         self.created = int(time.time())
         self.model = request.model or service.model
-        self._scored = bool(request.include) or bool(request.top_logprobs)
+        self._scored = "message.output_text.logprobs" in request.include or bool(request.top_logprobs)
         choice = request.tool_choice
         named = NamedFunction(name=choice.name) if isinstance(choice, NamedFunctionTool) else choice
         offer = offered(request.tools, named, "tools.{}")

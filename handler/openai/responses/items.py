@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from handler.openai.errors import ApiError
 from handler.openai.messages import call_arguments
 from handler.openai.responses.schema import (
     FunctionCall,
@@ -12,6 +13,7 @@ from handler.openai.responses.schema import (
     InputMessage,
     InputText,
     Item,
+    ItemReference,
     OutputText,
     ReasoningItem,
     ReasoningText,
@@ -20,7 +22,9 @@ from handler.openai.responses.schema import (
 
 
 def as_turns(instructions: str | None, given: str | Sequence[Item]) -> list[dict[str, Any]]:
-    """The conversation's turns. Raises `ApiError` 400 for arguments that are no JSON object.
+    """The conversation's turns.
+
+    Raises `ApiError` 400 for arguments that are no JSON object, and for what refers to an earlier response.
 
     What the model put out in one go (reasoning, text, calls) comes as several items and is one turn.
     """
@@ -46,6 +50,12 @@ def as_turns(instructions: str | None, given: str | Sequence[Item]) -> list[dict
             case ReasoningItem():
                 parts = item.content or item.summary
                 turns.append({"role": "assistant", "content": "", "reasoning_content": _joined(parts)})
+            case ItemReference():
+                message = (
+                    f"'input.{place}' refers to the item '{item.id}' of an earlier response, but responses "
+                    "are not kept here: send the item itself, as clients do with 'store': false."
+                )
+                raise ApiError(400, message, param=f"input.{place}", code="unsupported_value")
     return turns
 
 

@@ -25,12 +25,16 @@ class InputText(Strict):
 
 
 class OutputText(Strict):
-    """A piece of what an earlier response put out. Its log-probabilities are not looked at again."""
+    """A piece of what an earlier response put out.
+
+    Its log-probabilities are not looked at again, nor what the client's own helpers read in it.
+    """
 
     type: Literal["output_text"]
     text: str
     annotations: Empty = []
     logprobs: list[Any] | None = None
+    parsed: Any = None
 
 
 class Refusal(Strict):
@@ -66,6 +70,7 @@ class FunctionCall(Strict):
     call_id: Id
     name: FunctionName
     arguments: str
+    parsed_arguments: Any = None
     id: Id | None = None
     status: Status | None = None
 
@@ -98,6 +103,13 @@ class ReasoningItem(Strict):
     status: Status | None = None
 
 
+class ItemReference(Strict):
+    """An item of an earlier response by its id alone: refused, as nothing is kept."""
+
+    type: Literal["item_reference"]
+    id: Id
+
+
 def type_of(item: Any) -> Any:
     """What tells items apart: their type, which only messages may leave out."""
     return item.get("type", "message") if isinstance(item, dict) else None
@@ -107,7 +119,8 @@ Item = Annotated[
     Annotated[InputMessage, Tag("message")]
     | Annotated[FunctionCall, Tag("function_call")]
     | Annotated[FunctionCallOutput, Tag("function_call_output")]
-    | Annotated[ReasoningItem, Tag("reasoning")],
+    | Annotated[ReasoningItem, Tag("reasoning")]
+    | Annotated[ItemReference, Tag("item_reference")],
     Discriminator(type_of),
 ]
 Items = Annotated[list[Item], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
@@ -126,11 +139,15 @@ class NamedFunctionTool(Strict):
     name: FunctionName
 
 
+# Reasoning is handed out, and taken back, in the plain: there is none that would have to be encrypted.
+Include = Literal["message.output_text.logprobs", "reasoning.encrypted_content"]
+
+
 class ReasoningOptions(Strict):
     """How much to reason. Summaries are not made: the reasoning itself is handed out."""
 
     effort: ReasoningEffort | None = None
-    summary: None = None
+    summary: Literal["auto"] | None = None
     generate_summary: None = None
 
 
@@ -175,7 +192,7 @@ class ResponsesRequest(Strict):
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
     stop: Stops = []
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    include: list[Literal["message.output_text.logprobs"]] = []
+    include: list[Include] = []
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)] = []
     tool_choice: Choice | NamedFunctionTool = "auto"
     parallel_tool_calls: bool = True
@@ -183,5 +200,5 @@ class ResponsesRequest(Strict):
     text: TextOptions | None = None
     chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=32)] = {}
     metadata: Annotated[dict[str, str], Field(max_length=16)] = {}
-    # Nothing is kept, so there is nothing to come back to.
-    store: Off = False
+    # OpenAI's default, which clients send along. Nothing is kept either way, and the answer says so.
+    store: bool = True
