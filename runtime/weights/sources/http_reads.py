@@ -6,6 +6,7 @@ The Hub's own client spends five times the processor time per byte, all of it ho
 from __future__ import annotations
 
 import ssl
+import threading
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,11 +20,9 @@ class Connections:
 
     def __init__(self, per_host: int, timeout_s: float) -> None:
         self._per_host = per_host
-        # The certificates that the system trusts, or SSL_CERT_FILE's: as the Hub's client has it.
-        self._ssl_context = ssl.create_default_context()
         self._timeout = urllib3.Timeout(connect=timeout_s, read=timeout_s)
-        self._direct = urllib3.PoolManager(maxsize=per_host, ssl_context=self._ssl_context)
-        self._proxied: dict[str, urllib3.PoolManager] = {}
+        self._pools: dict[tuple[str, str], urllib3.PoolManager] = {}
+        self._lock = threading.Lock()
 
     @contextmanager
     def get(self, url: str, headers: Mapping[str, str]) -> Iterator[urllib3.BaseHTTPResponse]:
@@ -47,20 +46,27 @@ class Connections:
     def _pool(self, url: str) -> urllib3.PoolManager:
         parts = urlsplit(url)
         proxies = urllib.request.getproxies()
-        proxy = proxies.get(parts.scheme) or proxies.get("all")
-        if not proxy or urllib.request.proxy_bypass(parts.hostname or ""):
-            return self._direct
-        if proxy not in self._proxied:
-            self._proxied[proxy] = self._through(proxy if "://" in proxy else f"http://{proxy}")
-        return self._proxied[proxy]
+        proxy = proxies.get(parts.scheme) or proxies.get("all") or ""
+        if proxy and urllib.request.proxy_bypass(parts.hostname or ""):
+            proxy = ""
+        with self._lock:
+            if (parts.scheme, proxy) not in self._pools:
+                self._pools[parts.scheme, proxy] = self._make_pool(parts.scheme, proxy)
+            return self._pools[parts.scheme, proxy]
 
-    def _through(self, proxy: str) -> urllib3.ProxyManager:
-        user = urlsplit(proxy)
+    def _make_pool(self, scheme: str, proxy: str) -> urllib3.PoolManager:
+        # The certificates that the system trusts, or SSL_CERT_FILE's: as the Hub's client has it. It takes a
+        # while to read them.
+        encrypted = "https" in (scheme, urlsplit(proxy).scheme)
+        context = ssl.create_default_context() if encrypted else None
+        if not proxy:
+            return urllib3.PoolManager(maxsize=self._per_host, ssl_context=context)
+        user = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
         login = None
         if user.username is not None:
             login = urllib3.make_headers(
                 proxy_basic_auth=f"{unquote(user.username)}:{unquote(user.password or '')}"
             )
         return urllib3.ProxyManager(
-            proxy, maxsize=self._per_host, ssl_context=self._ssl_context, proxy_headers=login
+            user.geturl(), maxsize=self._per_host, ssl_context=context, proxy_headers=login
         )

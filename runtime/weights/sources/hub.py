@@ -1,8 +1,9 @@
 """Models on the Hugging Face Hub.
 
-Requests are built by `huggingface_hub`, so that HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_OFFLINE and the
-proxy settings mean what they mean there. The bytes are read in ranges of our own, because a client
-that was killed must not start a file again. The token goes to the Hub and to no other host.
+HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_OFFLINE and the proxy settings mean what they mean to
+`huggingface_hub`. The requests are our own: the bytes are read in ranges, because a client that was killed
+must not start a file again, and importing the Hub's client takes longer than all that is asked before them.
+The token goes to the Hub and to no other host.
 """
 
 from __future__ import annotations

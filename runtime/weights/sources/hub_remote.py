@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
-from urllib.parse import urljoin, urlsplit
+from typing import Any
+from urllib.parse import quote, urljoin, urlsplit
 
 import urllib3
 
-from runtime.weights.sources import retry
+from runtime.weights.sources import hub_token, retry
 from runtime.weights.sources.errors import SourceError
 from runtime.weights.sources.headers import body_range, retry_after
 from runtime.weights.sources.http_reads import Connections
@@ -21,10 +22,8 @@ from runtime.weights.sources.mover import Body
 from runtime.weights.sources.reference import Reference
 from runtime.weights.sources.remote import RangeReply, RemoteFile, Transient
 
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
-
 COMMIT = re.compile(r"[0-9a-f]{40}")
+_NEXT = re.compile(r'<([^>]+)>; *rel="next"')
 _DEFAULT_ENDPOINT = "https://huggingface.co"
 _CONNECTIONS = 16
 _MAX_REDIRECTS = 5
@@ -37,7 +36,7 @@ class HubRemote:
     connections = _CONNECTIONS
 
     def __init__(self, reference: Reference) -> None:
-        from huggingface_hub import HfApi, constants
+        from huggingface_hub import constants
 
         self.where = reference.url
         self._repo = reference.location
@@ -46,44 +45,68 @@ class HubRemote:
         self._http = Connections(_CONNECTIONS, self._timeout)
         # Where the Hub sent us for a file's bytes: a signed address on another host.
         self._locations: dict[str, str] = {}
-        with self._explained():
-            api = HfApi(endpoint=self._endpoint)
-            self.commit = self._resolve(api, reference.revision or "main")
-            self.files: Sequence[RemoteFile] = self._list(api)
+        self.commit = self._resolve(reference.revision or "main")
+        self.files: Sequence[RemoteFile] = self._list()
 
-    def _resolve(self, api: HfApi, revision: str) -> str:
-        """The commit that a branch or tag stands for. A Hub that is merely busy is asked again."""
-        from huggingface_hub.errors import HfHubHTTPError
-
-        commit = None
-        for tries in itertools.count(1):
-            try:
-                commit = api.model_info(self._repo, revision=revision, timeout=self._timeout).sha
-                break
-            except HfHubHTTPError as error:
-                if tries == retry.MAX_FRUITLESS_TRIES or not _is_passing(error.response.status_code):
-                    raise
-                time.sleep(retry.delay_s(tries, retry_after(error.response.headers)))
-        if commit is None or not COMMIT.fullmatch(commit):
+    def _resolve(self, revision: str) -> str:
+        """The commit that a branch or tag stands for."""
+        description, _ = self._ask(f"{self._api}/revision/{quote(revision, safe='')}")
+        commit = description.get("sha") if isinstance(description, dict) else None
+        if not isinstance(commit, str) or not COMMIT.fullmatch(commit):
             raise SourceError(
                 "invalid", f"{self._endpoint} names no commit for {self.where}: is it a model hub?"
             )
         return commit
 
-    def _list(self, api: HfApi) -> list[RemoteFile]:
-        from huggingface_hub import RepoFile
+    def _list(self) -> list[RemoteFile]:
+        files: list[RemoteFile] = []
+        page: str | None = f"{self._api}/tree/{self.commit}"
+        while page is not None:
+            items, page = self._ask(page)
+            files += [_listed(item) for item in items if item["type"] == "file" and "/" not in item["path"]]
+        return files
 
-        return [
-            RemoteFile(
-                name=item.path,
-                size=item.lfs.size if item.lfs else item.size,
-                tag=item.blob_id,
-                sha256=item.lfs.sha256 if item.lfs else None,
-                git_sha1=None if item.lfs else item.blob_id,
-            )
-            for item in api.list_repo_tree(self._repo, revision=self.commit)
-            if isinstance(item, RepoFile) and "/" not in item.path
-        ]
+    @property
+    def _api(self) -> str:
+        return f"{self._endpoint}/api/models/{self._repo}"
+
+    def _ask(self, url: str) -> tuple[Any, str | None]:
+        """What the Hub answers in JSON, and where it goes on. A Hub that is merely busy is asked again."""
+        for tries in itertools.count(1):
+            try:
+                with self._http.get(url, hub_token.headers()) as response:
+                    body = response.read()
+            except (urllib3.exceptions.HTTPError, OSError) as error:
+                raise SourceError(
+                    "network",
+                    f"{self._endpoint} could not be reached for {self.where} "
+                    f"({str(error) or type(error).__name__}). Check the network, HF_ENDPOINT and the proxy "
+                    "settings.",
+                ) from error
+            location = response.headers.get("Location")
+            if response.status in _REDIRECTS and location is not None and tries < _MAX_REDIRECTS:
+                url = self._moved(urljoin(url, location))
+            elif response.status == 200:
+                return self._decoded(body), _next_page(response.headers)
+            elif tries == retry.MAX_FRUITLESS_TRIES or not _is_passing(response.status):
+                raise self._refused(response.status, response.headers, urlsplit(url).path)
+            else:
+                time.sleep(retry.delay_s(tries, retry_after(response.headers)))
+        raise AssertionError("the last try returns or raises")
+
+    def _moved(self, url: str) -> str:
+        """Where a renamed repository is now: at the Hub, or it is not followed."""
+        if _origin(url) != _origin(self._endpoint):
+            raise SourceError("network", f"{self._endpoint} sends us to {url} for {self.where}.")
+        return url
+
+    def _decoded(self, body: bytes) -> Any:
+        try:
+            return json.loads(body)
+        except ValueError as error:
+            raise SourceError(
+                "invalid", f"{self._endpoint} does not answer as a model hub does for {self.where}."
+            ) from error
 
     @contextmanager
     def open_range(self, file: RemoteFile, start: int, end: int) -> Iterator[RangeReply]:
@@ -104,16 +127,13 @@ class HubRemote:
 
     @contextmanager
     def _get(self, file: RemoteFile, start: int, end: int) -> Iterator[urllib3.BaseHTTPResponse]:
-        from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # lazy there
-
-        resolve = hf_hub_url(self._repo, file.name, revision=self.commit, endpoint=self._endpoint)
+        resolve = f"{self._endpoint}/{self._repo}/resolve/{self.commit}/{quote(file.name)}"
         url = self._locations.get(file.name, resolve)
         for _ in range(_MAX_REDIRECTS):
             headers = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
             # The token is for the Hub alone.
             if _origin(url) == _origin(self._endpoint):
-                headers |= build_hf_headers()
+                headers |= hub_token.headers()
             with self._http.get(url, headers) as response:
                 location = response.headers.get("Location")
                 if location is None or response.status not in _REDIRECTS:
@@ -123,29 +143,6 @@ class HubRemote:
             if _origin(url) != _origin(self._endpoint):
                 self._locations[file.name] = url
         raise Transient(f"more than {_MAX_REDIRECTS} redirects")
-
-    # ---- errors for people ---------------------------------------------------------------------
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Turn the client's errors into SourceErrors."""
-        from huggingface_hub import errors
-
-        # The root of all errors of the HTTP library that the client is built on, whichever it is.
-        http_error: type[Exception] = errors.HfHubHTTPError.__bases__[0]
-        try:
-            yield
-        except errors.HFValidationError as error:
-            raise SourceError("invalid", f"{self.where} is no name that the Hub accepts: {error}") from error
-        except errors.HfHubHTTPError as error:
-            response = error.response
-            raise self._refused(response.status_code, response.headers, response.url.path) from error
-        except http_error as error:
-            raise SourceError(
-                "network",
-                f"{self._endpoint} could not be reached for {self.where} ({error or type(error).__name__}). "
-                "Check the network, HF_ENDPOINT and the proxy settings.",
-            ) from error
 
     def _refused(self, status: int, headers: Mapping[str, str], what: str) -> SourceError:
         """What the Hub means by an answer that is final."""
@@ -181,6 +178,23 @@ class HubRemote:
         return SourceError(
             "network", f"{self._endpoint} failed on {self.where} (HTTP status {status}). Try again later."
         )
+
+
+def _listed(item: dict[str, Any]) -> RemoteFile:
+    """One entry of the Hub's listing. LFS files are listed with their SHA-256, others by git's object id."""
+    lfs = item.get("lfs")
+    return RemoteFile(
+        name=item["path"],
+        size=lfs["size"] if lfs else item["size"],
+        tag=item["oid"],
+        sha256=lfs["oid"] if lfs else None,
+        git_sha1=None if lfs else item["oid"],
+    )
+
+
+def _next_page(headers: Mapping[str, str]) -> str | None:
+    found = _NEXT.search(headers.get("Link") or "")
+    return found[1] if found else None
 
 
 def _is_passing(status: int) -> bool:

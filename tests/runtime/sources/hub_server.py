@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 _DRIP_S = 0.3
 
@@ -103,6 +103,8 @@ class HubServer:
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.requests: list[Request] = []
+        # How many files one page of a listing has.
+        self.page_size = 1000
         self._faults: list[Fault] = []
         self._lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -268,7 +270,13 @@ class _Handler(BaseHTTPRequestHandler):
                 digest = hashlib.sha256(content).hexdigest()
                 item["lfs"] = {"oid": digest, "size": len(content), "pointerSize": 134}
             items.append(item)
-        self._json(items)
+        at = int(parse_qs(urlsplit(self.path).query).get("cursor", ["0"])[0])
+        end = at + self.hub.page_size
+        headers = {"Content-Type": "application/json"}
+        if end < len(items):
+            path = f"/api/models/{repo_id}/tree/{revision}"
+            headers["Link"] = f'<{self.hub.url}{path}?cursor={end}>; rel="next"'
+        self._send(200, json.dumps(items[at:end]).encode(), headers)
 
     def _resolve(self, repo_id: str, revision: str, name: str) -> None:
         repo = self._repo(repo_id)

@@ -1,16 +1,21 @@
-"""The Hub, through the genuine client, against a stand-in: what is fetched, what is refused."""
+"""The Hub, of which there is a stand-in: what is fetched, what is refused."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import huggingface_hub
 import pytest
+from huggingface_hub import constants
+from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # lazy there
 
 from runtime.weights.sources import FetchProgress, SourceError, fetch, locate
 from tests.runtime.sources.hub_server import HubServer
@@ -32,6 +37,33 @@ def test_only_what_a_model_needs_is_fetched(hub: HubServer, cache_dir: Path) -> 
     assert contents(directory) == {name: files[name] for name in NEEDED}
     assert directory == cache_dir / "models" / "hub--org--name" / commit
     assert not list(cache_dir.rglob("*.partial"))
+
+
+def test_a_long_listing_comes_in_pages(hub: HubServer, cache_dir: Path) -> None:
+    files = model_files(50_000, shards=3)
+    hub.add_repo("org/name", files)
+    hub.page_size = 2
+    assert {name for name in contents(fetch(SPEC, cache_dir)) if name.startswith("model-0")} == {
+        name for name in files if name.startswith("model-0")
+    }
+
+
+def test_a_fetch_waits_for_no_client(hub: HubServer, cache_dir: Path) -> None:
+    hub.add_repo("org/name", model_files())
+    script = """
+import json, sys
+from pathlib import Path
+from runtime.catalogue import ModelSpec
+from runtime.weights.sources import fetch
+fetch(ModelSpec(id="m", source="hf://org/name"), Path(sys.argv[1]))
+print(json.dumps(sorted(sys.modules)))
+"""
+    output = subprocess.run(
+        [sys.executable, "-c", script, str(cache_dir)], capture_output=True, text=True, check=True
+    ).stdout
+    assert {"huggingface_hub.hf_api", "huggingface_hub.utils", "httpx", "requests"}.isdisjoint(
+        json.loads(output)
+    )
 
 
 def test_shards_come_as_the_index_names_them(hub: HubServer, cache_dir: Path) -> None:
@@ -162,6 +194,26 @@ def test_the_token_goes_to_the_hub_and_nowhere_else(
     output = capfd.readouterr()
     assert "hf_verysecret" not in caplog.text + output.out + output.err
     assert not any(b"hf_verysecret" in p.read_bytes() for p in cache_dir.rglob("*") if p.is_file())
+
+
+@pytest.mark.parametrize("way", ["its file", "the environment", "an older name in the environment"])
+def test_the_token_is_found_where_the_client_finds_it(
+    hub: HubServer, cache_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, way: str
+) -> None:
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    if way == "its file":
+        (tmp_path / "token").write_text("hf_secret\n")
+    else:
+        monkeypatch.setenv(
+            "HF_TOKEN" if way == "the environment" else "HUGGING_FACE_HUB_TOKEN", " hf_secret\n"
+        )
+    hub.add_repo("org/name", model_files(), token="hf_secret")
+    fetch(SPEC, cache_dir)
+    assert {r.authorization for r in hub.requests} >= {"Bearer hf_secret"}
+    assert build_hf_headers()["authorization"] == "Bearer hf_secret"
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+    shutil.rmtree(cache_dir)
+    assert _fails(cache_dir).kind == "not_found"
 
 
 # ---- what is said to people --------------------------------------------------------------------
