@@ -44,15 +44,19 @@ class Copies:
         self._driver = driver
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._counts = torch.arange(_COUNTS, dtype=torch.int32, device="cuda")
+        self._counts: torch.Tensor | None = None
 
     def begin(self) -> None:
         """Let what is copied from now on wait for what the device has been given to do so far."""
+        if self._counts is None:
+            # Not before the first long step comes: a start has other things to do.
+            self._counts = torch.arange(_COUNTS, dtype=torch.int32, device="cuda")
         self._event.record()
         self._stream.wait_event(self._event)
 
     def copy(self, target: int, source: torch.Tensor, flag: int, count: int) -> None:
         """Copy contiguous rows to an address, then `count` to that of a flag."""
+        assert self._counts is not None
         if source.numel():
             self._copy(target, source.data_ptr(), source.nbytes)
         self._copy(flag, self._counts.data_ptr() + 4 * count, 4)

@@ -37,9 +37,9 @@ TWO_SHOT_ROWS = 2048
 # The halves of a long step have at most so many rows.
 HALF_ROWS = 4096
 # Of so many rows the logits are gathered in the same way.
-GATHERED_ROWS = 16
-# Sums of more rows leave too little of the time until the product is done, and of the cache.
-_PREFETCH_ROWS = 256
+GATHERED_ROWS = 64
+# Products of fewer rows are launched early, and those of more have to wait for more than their weights.
+_PREFETCH_ROWS = range(9, 257)
 _LAZY_PEER_ACCESS = 1
 
 
@@ -162,7 +162,7 @@ class PeerGroup(Group):
         if self.few is None or self.many is None or not rows:
             return super().add_rms_norm(x, residual, weight, eps)
         out = torch.empty_like(x)
-        if rows > _PREFETCH_ROWS or not self._prefetches:
+        if rows not in _PREFETCH_ROWS or not self._prefetches:
             upcoming = None
         if rows <= ONE_SHOT_ROWS:
             return one_shot(x, self.few, out, (residual, weight, eps), upcoming)

@@ -16,6 +16,7 @@ from runtime.kernels.gpu.inboxes import (
     one_shot_elements,
     two_shot_elements,
 )
+from runtime.kernels.gpu.prefetch import CHUNK_BYTES, MAX_BYTES, prefetch_programs
 from tests.runtime.kernels.forks import in_processes
 
 if torch.cuda.is_available():
@@ -92,3 +93,18 @@ def test_every_rank_has_the_rows_of_all(world_size: int) -> None:
         expected = torch.cat(list(made[call, :, :rows]), dim=1)
         for rank in range(world_size):
             assert torch.equal(outs[rank, call, :rows], expected)
+
+
+@pytest.mark.parametrize("num_bytes", [100, 1 << 20, 42 << 20, 235_000_000])
+@pytest.mark.parametrize("num_warps", [4, 32])
+def test_what_is_prefetched_lies_in_the_weights(num_bytes: int, num_warps: int) -> None:
+    weights = torch.empty(num_bytes, dtype=torch.uint8, device="meta")
+    programs, stride = prefetch_programs(weights, num_warps)
+    chunks = programs * num_warps * 32
+    assert chunks * CHUNK_BYTES <= MAX_BYTES
+    assert stride % 16 == 0
+    if programs:
+        assert stride >= CHUNK_BYTES
+        assert (chunks - 1) * stride + CHUNK_BYTES <= num_bytes
+    else:
+        assert num_bytes < 32 * num_warps * CHUNK_BYTES
