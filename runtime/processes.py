@@ -105,7 +105,7 @@ def start_engine(config: EngineConfig, spawned: Spawned | None = None) -> list[E
     """
     place = place_of(config.world_size, os.environ)
     if config.world_size == 1:
-        return [EngineProcess(config, spawned or spawn())]
+        return [EngineProcess(config, spawned or spawn(config.device))]
     import secrets  # and hashlib: only here
 
     if spawned is not None:
@@ -122,7 +122,7 @@ def start_engine(config: EngineConfig, spawned: Spawned | None = None) -> list[E
         rank = place.first + number
         further = {**meeting, **_devices(number, place.count)}
         own = msgspec.structs.replace(config, rank=rank)
-        processes.append(EngineProcess(own, spawn(further, listener if rank == 0 else None)))
+        processes.append(EngineProcess(own, spawn(config.device, further, listener if rank == 0 else None)))
     if listener is not None:
         listener.close()
     return processes

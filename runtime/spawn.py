@@ -24,10 +24,13 @@ class Spawned(NamedTuple):
     socket: socket.socket
 
 
-def spawn(further: dict[str, str] | None = None, listener: socket.socket | None = None) -> Spawned:
+def spawn(
+    device: str, further: dict[str, str] | None = None, listener: socket.socket | None = None
+) -> Spawned:
     """Start a process that waits for its `EngineConfig`, with `further` variables in its environment.
 
-    `listener` is what the other ranks come to, for the one that they meet at.
+    `device` is the one that it will be asked for, which it begins to look for: auto, cuda or cpu. `listener`
+    is what the other ranks come to, for the one that they meet at.
     """
     path = [_package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
@@ -40,7 +43,7 @@ def spawn(further: dict[str, str] | None = None, listener: socket.socket | None 
     inherited = {"--fd": theirs.fileno()}
     if listener is not None:
         inherited["--listener"] = listener.fileno()
-    arguments = [str(part) for pair in inherited.items() for part in pair]
+    arguments = [str(part) for pair in (*inherited.items(), ("--device", device)) for part in pair]
     with theirs:
         process = subprocess.Popen(
             [sys.executable, "-m", "runtime.engine", *arguments],

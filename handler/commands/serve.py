@@ -12,11 +12,13 @@ from typing import Any
 from handler.flags import (
     DEFAULT_HOST,
     DEFAULT_PORT,
+    DEVICE,
     ENGINE_FLAGS,
     HOST,
     MODEL_FLAGS,
     PORT,
     SERVER_FLAGS,
+    TENSOR_PARALLEL_SIZE,
     add_flags,
     add_model,
     collect,
@@ -67,7 +69,7 @@ def run(given: dict[str, Any]) -> int:
         # to serve it is told as soon as that is known. What serves requests comes last.
         from runtime.spawn import spawn
 
-        spawned = spawn()
+        spawned = spawn(_device(values))
         from handler.settings import read_others, read_settings
         from runtime.processes import start_engine
 
@@ -91,6 +93,16 @@ def run(given: dict[str, Any]) -> int:
         from handler.server import serve
 
         return serve(client, settings, sock, others)
+
+
+def _device(given: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> str:
+    """What a lone engine process will be asked to compute on, as far as is known without the catalogue.
+
+    One that ranks take the place of need not look for a device.
+    """
+    values = collect(given, (DEVICE, TENSOR_PARALLEL_SIZE), environ)
+    lone = values.get(TENSOR_PARALLEL_SIZE.key, 1) == 1
+    return values.get(DEVICE.key, "auto") if lone else "cpu"
 
 
 def address(given: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> tuple[str, int]:

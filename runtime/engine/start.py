@@ -11,10 +11,11 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from runtime import marks
 from runtime.engine.deferred import import_torch
+from runtime.engine.device import FindingDevice
 from runtime.engine.verification import Verification
 from runtime.errors import FirstlightError
 from runtime.kernels import native
@@ -23,7 +24,7 @@ from runtime.parallel.ranks import Ranks
 from runtime.protocol import EngineConfig, Event, Progress, Ready
 from runtime.weights import sources
 from runtime.weights.checkpoint import read_checkpoint
-from runtime.weights.cuda_driver import CudaError, Driver
+from runtime.weights.cuda_driver import Driver
 from runtime.weights.gate import OPEN, Gate
 from runtime.weights.loader import MappedWeights
 from runtime.weights.plan import Plan, check_world_size, make_plan, plan_all
@@ -39,38 +40,16 @@ _PROGRESS_INTERVAL_S = 0.1
 _PATIENCE = 4.0
 
 
-class _Device(threading.Thread):
-    """Finds the GPU and makes its context, which takes a while."""
-
-    def __init__(self, wanted: Literal["auto", "cuda", "cpu"]) -> None:
-        super().__init__(name="device", daemon=True)
-        self._wanted = wanted
-        self._driver: Driver | None = None
-        self._error: CudaError | None = None
-
-    def run(self) -> None:
-        """The thread's work."""
-        if self._wanted == "cpu":
-            return
-        try:
-            self._driver = Driver()
-        except CudaError as error:
-            self._error = error
-
-    def driver(self) -> Driver | None:
-        """The GPU's driver, entered; without a GPU None, or the error if one is required."""
-        self.join()
-        if self._error is not None and self._wanted == "cuda":
-            raise self._error
-        if self._driver is not None:
-            self._driver.enter()
-        return self._driver
-
-
 class Preparation(threading.Thread):
     """Brings the model's files into memory. `finish` waits for it and raises what went wrong."""
 
-    def __init__(self, config: EngineConfig, send: Callable[[Event], None], ranks: Ranks | None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        send: Callable[[Event], None],
+        ranks: Ranks | None,
+        device: FindingDevice,
+    ) -> None:
         super().__init__(name="preparation", daemon=True)
         self._config = config
         self._send = send
@@ -86,7 +65,7 @@ class Preparation(threading.Thread):
         # Of weights whose digests are not known yet.
         self.verification: Verification | None = None
         self._arena: DeviceWeights | None = None
-        self._device = _Device(config.device)
+        self._device = device
         self.device = "cpu"
         self.driver: Driver | None = None
 
@@ -112,7 +91,8 @@ class Preparation(threading.Thread):
             raise self._error
 
     def _prepare(self) -> None:
-        self._device.start()
+        if self._config.device != "cpu":
+            self._device.begin()
         if self._ranks is not None:
             self._find_device()
             self._ranks.meet(self.device == "cuda")
@@ -178,7 +158,8 @@ class Preparation(threading.Thread):
         self._mark("last_byte")
 
     def _find_device(self) -> None:
-        self.driver = self._device.driver()
+        if self._config.device != "cpu":
+            self.driver = self._device.driver(self._config.device)
         if self.driver is not None:
             self._mark("device")
             self.device = "cuda"
@@ -212,14 +193,18 @@ def _check_size(model: Model | ForeignModel, world_size: int) -> None:
 
 
 def start(
-    config: EngineConfig, send: Callable[[Event], None], ranks: Ranks | None = None
+    config: EngineConfig,
+    send: Callable[[Event], None],
+    ranks: Ranks | None = None,
+    finding: FindingDevice | None = None,
 ) -> tuple[Engine, Ready, Sleeper, Verification | None]:
     """Load the model and build its engine, or with `ranks` this rank's part of it.
 
-    Raises `FirstlightError` for what a person must mend, but `WrongWeights` for what another start will.
+    `finding` may be under way already. Raises `FirstlightError` for what a person must mend, but
+    `WrongWeights` for what another start will.
     """
     native.share_cores(config.world_size)
-    preparation = Preparation(config, send, ranks)
+    preparation = Preparation(config, send, ranks, finding or FindingDevice())
     preparation.start()
     import_torch()
     torch_imported = marks.since_exec()

@@ -17,7 +17,7 @@ from pathlib import Path
 from runtime.compiled import CannotCompile, Library
 from runtime.weights.chunks import Chunk
 from runtime.weights.cuda_driver import Driver
-from runtime.weights.gate import Gate
+from runtime.weights.gate import OPEN, Gate
 from runtime.weights.readers import cut_short
 
 # Chunks are what readers are fed with; they read and copy them in pieces that fit their buffers.
@@ -77,7 +77,7 @@ def library() -> ctypes.CDLL | None:
     loaded = ctypes.CDLL(str(path))
     loaded.readers_start.argtypes = [c_void_p, c_int, c_int64]
     loaded.readers_start.restype = c_void_p
-    loaded.readers_add.argtypes = [c_void_p, c_void_p]
+    loaded.readers_add.argtypes = [c_void_p, c_void_p, c_int64]
     loaded.readers_close.argtypes = [c_void_p]
     loaded.readers_wait.argtypes = [c_void_p, c_int, c_void_p]
     loaded.readers_end.argtypes = [c_void_p, c_void_p]
@@ -99,15 +99,18 @@ class NativeReaders:
     ) -> None:
         """Bring chunks to the device; see `readers.upload`. The readers end with it."""
         failure, added, files = _Failure(), list[Chunk](), dict[Path, int]()
+        # Of files that are all there nothing has to be waited for, not even for Python's lock.
+        portions = [list(chunks)] if gate is OPEN else ([chunk] for chunk in chunks)
         try:
-            for chunk in chunks:
-                if chunk.file not in files:
-                    files[chunk.file] = gate.open(chunk.file)
-                gate.wait(chunk.file, chunk.start, chunk.start + chunk.num_bytes)
+            for portion in portions:
+                for chunk in portion:
+                    if chunk.file not in files:
+                        files[chunk.file] = gate.open(chunk.file)
+                    gate.wait(chunk.file, chunk.start, chunk.start + chunk.num_bytes)
                 if self._state(0, on_progress) == _FAILED:
                     break
-                self._add(files[chunk.file], chunk, arena)
-                added.append(chunk)
+                self._add(files, portion, arena)
+                added += portion
             self._lib.readers_close(self._readers)
             while self._state(_POLL_MS, on_progress) == _READING:
                 pass
@@ -117,12 +120,15 @@ class NativeReaders:
                 os.close(descriptor)
         self._check(failure, added)
 
-    def _add(self, descriptor: int, chunk: Chunk, arena: int) -> None:
-        run = _Run(
-            descriptor, chunk.start, chunk.num_bytes, arena + chunk.target,
-            chunk.skip, chunk.width, chunk.pitch,
-        )  # fmt: skip
-        if self._lib.readers_add(self._readers, byref(run)):
+    def _add(self, files: dict[Path, int], chunks: list[Chunk], arena: int) -> None:
+        runs = (_Run * len(chunks))(*(
+            _Run(
+                files[chunk.file], chunk.start, chunk.num_bytes, arena + chunk.target,
+                chunk.skip, chunk.width, chunk.pitch,
+            )
+            for chunk in chunks
+        ))  # fmt: skip
+        if self._lib.readers_add(self._readers, runs, len(chunks)):
             raise MemoryError("There is no memory for the list of what to read.")
 
     def _state(self, milliseconds: int, on_progress: Callable[[int], None]) -> int:

@@ -278,21 +278,25 @@ EXPORT readers_t *readers_start(void *context, int count, int64_t buffer_bytes) 
     return NULL;
 }
 
-/* Add a run, whose bytes are in its file by now. Returns 0, or 1 without memory for it. */
-EXPORT int readers_add(readers_t *readers, const run_t *run) {
+/* Add `count` runs, whose bytes are in their files by now. Returns 0, or 1 without memory for them. */
+EXPORT int readers_add(readers_t *readers, const run_t *runs, int64_t count) {
     int status = 0;
     pthread_mutex_lock(&readers->lock);
-    if (readers->num_runs == readers->room) {
-        const int64_t room = readers->room ? 2 * readers->room : 256;
-        run_t *runs = realloc(readers->runs, room * sizeof *runs);
-        if (runs) {
-            readers->runs = runs;
+    const int64_t needed = readers->num_runs + count;
+    if (needed > readers->room) {
+        const int64_t room = needed > 2 * readers->room ? needed : 2 * readers->room;
+        run_t *more = realloc(readers->runs, room * sizeof *more);
+        if (more) {
+            readers->runs = more;
             readers->room = room;
         } else {
             status = 1;
         }
     }
-    if (!status) readers->runs[readers->num_runs++] = *run;
+    if (!status) {
+        memcpy(readers->runs + readers->num_runs, runs, count * sizeof *runs);
+        readers->num_runs = needed;
+    }
     pthread_cond_broadcast(&readers->changed);
     pthread_mutex_unlock(&readers->lock);
     return status;
