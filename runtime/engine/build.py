@@ -95,10 +95,8 @@ def build_engine(
     else:
         from runtime.engine.device_memory import DeviceMemory
         from runtime.engine.device_runner import DeviceRunner
-        from runtime.kernels.gpu import cache
 
         assert isinstance(memory, DeviceMemory)
-        cache.prepare()
         runner = DeviceRunner(
             decoder, num_blocks, config.block_size, config.max_num_seqs, budget, max_model_len, dtype,
             memory,

@@ -7,8 +7,8 @@ Two things are special:
 
 - A few functions of deferred modules have a name in `torch` itself. There a function stands that imports
   the module when it is called, until the module is imported and the function itself takes that place.
-- `torch._meta_registrations` is imported for what it does, not for what it holds: it teaches operators
-  about tensors without data. Tracing and compiling need that, so whoever imports what does them, or
+- `torch._meta_registrations`, and its like for torch.distributed, are imported for what they do, not for
+  what they hold: they teach operators about tensors without data. Tracing and compiling need that, so whoever imports what does them, or
   transformers, has everything imported first.
 
 With another release of torch than those that this was tested with, nothing is deferred; should the import
@@ -35,8 +35,10 @@ else:
 TESTED = ((2, 11), (2, 14))
 
 # Torch's modules import each other in circles, which only some orders resolve: this one. So whoever asks for
-# one of them gets those before it as well.
+# one of them gets those before it as well. The first ones are not its own.
 DEFERRED = (
+    "unittest.mock",
+    "torchgen.model",
     "torch.distributions",
     "torch.nn.intrinsic",
     "torch.nn.qat",
@@ -54,6 +56,7 @@ DEFERRED = (
     "torch._higher_order_ops",
     "torch.export",
     "torch.compiler",
+    "torch.distributed._meta_registrations",
     "torch._meta_registrations",
 )
 # Functions that `torch` has from a deferred module.

@@ -28,6 +28,11 @@ class FindingDevice(threading.Thread):
         except CudaError as error:
             self._error = error
 
+    def found(self) -> bool:
+        """Whether there is a GPU."""
+        self.join()
+        return self._driver is not None
+
     def driver(self, wanted: Literal["auto", "cuda"]) -> Driver | None:
         """The GPU's driver, entered; without a GPU None, or the error if one is required."""
         self.join()

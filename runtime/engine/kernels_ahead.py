@@ -24,10 +24,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from runtime.catalogue import find_catalogue, load_catalogue
 from runtime.engine.deferred import import_the_rest
+from runtime.engine.imagined_weights import imagined_weights
+from runtime.engine.request_table import RequestTable
 from runtime.engine.step_parts import MIN_ROWS_IN_HALVES
 from runtime.errors import FirstlightError
 from runtime.kernels.batch import DeviceBatch
-from runtime.kernels.gpu import cache
+from runtime.kernels.gpu import binaries, cache
 from runtime.kernels.gpu.attention_prefill import prefill_tile, prefill_work_items
 from runtime.kernels.gpu.attention_tile import Workspace
 from runtime.kernels.gpu.inboxes import Inboxes
@@ -50,15 +52,17 @@ from runtime.parallel.ranks import Ranks
 from runtime.protocol import EngineConfig
 from runtime.weights import sources
 from runtime.weights.imagined import imagined_checkpoint
-from runtime.weights.plan import Plan, PlannedParameter, make_plan
+from runtime.weights.plan import make_plan
 from runtime.weights.sources.cache import default_cache_dir
 
 # Steps between whose kernels there is any difference, as (decoding sequences, lengths of new prompts).
 _STEPS: Sequence[tuple[int, tuple[int, ...]]] = (
-    (1, ()), (2, ()), (16, ()), (17, ()), (256, ()),
+    (1, ()), (2, ()), (16, ()), (17, ()), (100, ()), (256, ()),
     (0, (1,)), (0, (64,)), (0, (2048,)), (3, (40, 500)),
 )  # fmt: skip
 _SPLITS = (1, 2)
+# Products with quantised weights are split where a GPU has more multiprocessors than they have parts.
+_FEW_AND_MANY_MULTIPROCESSORS = (1, 1 << 16)
 _MAX_LEN = 4096
 _SLOTS = 256
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -76,18 +80,20 @@ def compile_kernels(directory: Path, capability: int, world_size: int = 1) -> in
     model = read_model(directory)
     if not isinstance(model, Model):
         raise NotAhead(f"{model.architecture} runs through transformers, with the kernels of torch.")
-    if model.config.quantization is not None:
-        raise NotAhead("The kernels for quantised weights cannot be compiled ahead: a first start does that.")
     dtype = _DTYPES.get(model.torch_dtype, torch.bfloat16)
     before = cache.num_compiled()
     import_the_rest()
-    with compiling_for(capability), FakeTensorMode(), torch.inference_mode():
-        plan = make_plan(model, imagined_checkpoint(model), 0, world_size)
-        group = _ImaginedGroup(world_size, model.config, dtype) if world_size > 1 else None
-        steps = _Steps(model, plan, dtype, _block_size(), group)
-        for num_decodes, prompts in _STEPS:
-            for num_splits in _SPLITS:
-                steps.sample(steps.forward(num_decodes, prompts, num_splits))
+    plan = make_plan(model, imagined_checkpoint(model), 0, world_size)
+    quantization = model.config.quantization
+    processors = _FEW_AND_MANY_MULTIPROCESSORS if quantization else (1,)
+    for num_processors in processors:
+        with compiling_for(capability, num_processors), FakeTensorMode(), torch.inference_mode():
+            group = _ImaginedGroup(world_size, model.config, dtype) if world_size > 1 else None
+            for weights in imagined_weights(plan, quantization, dtype):
+                steps = _Steps(model, weights, dtype, _block_size(), group)
+                for num_decodes, prompts in _STEPS:
+                    for num_splits in _SPLITS:
+                        steps.sample(steps.forward(num_decodes, prompts, num_splits))
     return cache.num_compiled() - before
 
 
@@ -144,9 +150,8 @@ class _Steps:
     """The parts of an engine that launch kernels, on tensors without data."""
 
     def __init__(
-        self, model: Model, plan: Plan, dtype: torch.dtype, block_size: int, group: PeerGroup | None
+        self, model: Model, weights: Weights, dtype: torch.dtype, block_size: int, group: PeerGroup | None
     ) -> None:
-        weights = Weights({each.name: tuple(_views(each, dtype)) for each in plan.parameters})
         self._block_size = block_size
         self._decoder = Decoder(model.config, weights, _MAX_LEN, dtype, group)
         self._config = config = self._decoder.config
@@ -156,8 +161,7 @@ class _Steps:
         ]
         self._tile = prefill_tile(config.num_heads, config.num_kv_heads, config.head_dim, dtype.itemsize)
         self._workspace = Workspace.allocate(1 << 24, config.head_dim, 1 << 24, "cuda")  # more than enough
-        self._last_token, self._seq_len = _words(2, _SLOTS + 1)
-        self._blocks = _words(_SLOTS + 1, _MAX_LEN // block_size)
+        self._table = RequestTable(_SLOTS, _MAX_LEN // block_size, torch.device("cuda"))
         tables = SamplingTables.allocate(_SLOTS, config.vocab_size, "cuda")
         self._sampler = Sampler(tables, _SLOTS, config.vocab_size)
 
@@ -165,11 +169,16 @@ class _Steps:
         """The logits of a step."""
         total = num_decodes + sum(prompts)
         token_ids, positions, slots, seq_lens, rows = _words(5, max(total, _SLOTS)).unbind()
-        apply_updates(_words(1, 3), _words(1), self._blocks)
+        apply_updates(_words(1, 3), _words(1), self._table.block_tables)
         decodes = (each[:num_decodes] for each in (token_ids, positions, slots, seq_lens))
         if num_decodes:
             prepare_decode(
-                rows[:num_decodes], self._last_token, self._seq_len, self._blocks, self._block_size, *decodes
+                rows[:num_decodes],
+                self._table.last_token,
+                self._table.seq_len,
+                self._table.block_tables,
+                self._block_size,
+                *decodes,
             )
         num_items = len(prefill_work_items(prompts, prompts, self._tile)) if prompts else 0
         batch = DeviceBatch(
@@ -178,7 +187,7 @@ class _Steps:
             slots=slots[:total],
             query_start=_words(len(prompts) + 1 if prompts else 0),
             seq_lens=seq_lens[: num_decodes + len(prompts)],
-            block_tables=self._blocks,
+            block_tables=self._table.block_tables,
             work_items=_words(num_items, 2),
             logits_rows=_words(num_decodes + len(prompts)) if prompts else None,
             table_rows=rows[: num_decodes + len(prompts)],
@@ -200,19 +209,12 @@ class _Steps:
         for draw, top_k, top_p, adjust in itertools.product((False, True), repeat=4):
             stages = Stages(draw, draw and top_k, draw and top_p, adjust)
             for some in (None, masks):
-                self._sampler.sample(batch, stages, tokens, self._last_token, self._seq_len, some)
+                self._sampler.sample(batch, stages, tokens, self._table.last_token, self._table.seq_len, some)
         token_logprobs(logits, tokens, 1)
 
 
 def _words(*shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.int32, device="cuda")
-
-
-def _views(parameter: PlannedParameter, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """The parameter's tensors, as loading makes them."""
-    for pieces in [parameter.pieces] if parameter.stacked else [(piece,) for piece in parameter.pieces]:
-        rows = sum(piece.shape[0] for piece in pieces)
-        yield torch.empty((rows, *pieces[0].shape[1:]), dtype=dtype, device="cuda")
 
 
 @contextmanager
@@ -237,7 +239,7 @@ def main(arguments: list[str]) -> int:
     """Compile a model's kernels for each capability."""
     if arguments[:1] == ["image"]:
         arguments = arguments[1:]
-        triton.knobs.cache.dir = str(cache.SHIPPED)
+        triton.knobs.cache.dir = str(binaries.SHIPPED)
     name, *capabilities = arguments
     with _configuration_of(name) as (directory, world_size):
         for capability in map(int, capabilities or ["90"]):

@@ -31,6 +31,8 @@ from runtime.weights.plan import Plan, check_world_size, make_plan, plan_all
 from runtime.weights.upload import DeviceWeights
 
 if TYPE_CHECKING:
+    import torch
+
     from runtime.engine.core import Engine
     from runtime.engine.sleeper import Memory, Sleeper
     from runtime.weights.sources.arrival import Arrival
@@ -55,6 +57,8 @@ class Preparation(threading.Thread):
         self._send = send
         self._ranks = ranks
         self._met = threading.Event()
+        self._placed = threading.Event()
+        self._lasting: DeviceWeights | None = None
         self._error: Exception | None = None
         self._last_sent = 0.0
         self.marks: dict[str, float] = {}
@@ -77,6 +81,7 @@ class Preparation(threading.Thread):
             self._error = error
         finally:
             self._met.set()
+            self._placed.set()
 
     def meet(self) -> None:
         """Wait until the ranks have met, and know what device they compute on."""
@@ -90,9 +95,12 @@ class Preparation(threading.Thread):
         if self._error is not None:
             raise self._error
 
+    def device_tensors(self) -> dict[str, tuple[torch.Tensor, ...]] | None:
+        """The weights, as soon as there is memory for them on a device that they surely stay in."""
+        self._placed.wait()
+        return None if self._lasting is None else self._lasting.tensors()
+
     def _prepare(self) -> None:
-        if self._config.device != "cpu":
-            self._device.begin()
         if self._ranks is not None:
             self._find_device()
             self._ranks.meet(self.device == "cuda")
@@ -153,6 +161,9 @@ class Preparation(threading.Thread):
             self.weights = MappedWeights(self.plan, gate)
         else:
             self.weights = self._arena = DeviceWeights(self.plan, driver, gate)
+            # What comes from afar may turn out to be wrong, and then it is loaded anew, elsewhere.
+            self._lasting = self._arena if gate is OPEN else None
+            self._placed.set()
         self._mark("first_byte")
         self.weights.load(self._loaded if gate is OPEN else lambda done: None)
         self._mark("last_byte")
@@ -204,7 +215,10 @@ def start(
     `WrongWeights` for what another start will.
     """
     native.share_cores(config.world_size)
-    preparation = Preparation(config, send, ranks, finding or FindingDevice())
+    finding = finding or FindingDevice()
+    if config.device != "cpu":
+        finding.begin()
+    preparation = Preparation(config, send, ranks, finding)
     preparation.start()
     import_torch()
     torch_imported = marks.since_exec()
@@ -217,8 +231,13 @@ def start(
 
         preparation.meet()
         group = enter(ranks, preparation.driver, _PATIENCE * config.stuck_after_s)
-    if preparation.device == "cuda":
-        importlib.import_module("runtime.engine.device_runner")  # with triton, while weights are on their way
+    opening = None
+    if config.device != "cpu" and finding.found():
+        from runtime.engine.opening import Opening
+
+        opening = Opening(preparation.device_tensors)
+        opening.start()
+        importlib.import_module("runtime.engine.device_runner")  # while weights are on their way
     preparation.finish()
     if ranks is not None and len(set(ranks.control.exchange(preparation.directory.name))) > 1:
         # Nobody has to mend this: started again, they most likely find the same.
@@ -236,6 +255,8 @@ def start(
             memory,
             group,
         )
+        if opening is not None:
+            opening.join()  # the canary's products are its, and take over what it has opened
         sleeper = Sleeper(engine, memory, send)
     except Exception:
         if verification is not None:
@@ -272,9 +293,9 @@ def _kernels_compiled(device: str) -> int:
     """How many of the device's kernels had to be compiled for this start."""
     if device == "cpu":
         return 0  # they are compiled before the start, or with the first one of a machine
-    from runtime.kernels.gpu import cache
+    from runtime.kernels.gpu.launch import num_compiled
 
-    return cache.num_compiled()
+    return num_compiled()
 
 
 def _memory(preparation: Preparation, num_ranks: int) -> Memory:

@@ -6,6 +6,7 @@ parameter's pieces are neighbours in it; on the CPU the arena is the mapped file
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -88,12 +89,12 @@ class Plan:
             dict.fromkeys(piece.tensor.file for parameter in self.parameters for piece in parameter.pieces)
         )
 
-    @property
+    @functools.cached_property
     def read_bytes(self) -> int:
         """Bytes that this rank takes from the files."""
         return sum(piece.num_bytes for parameter in self.parameters for piece in parameter.pieces)
 
-    @property
+    @functools.cached_property
     def file_bytes(self) -> int:
         """Bytes of the files that are read for that."""
         return sum(piece.file_bytes for parameter in self.parameters for piece in parameter.pieces)

@@ -19,10 +19,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 
 from runtime.kernels.gpu.inboxes import GATHER_BLOCK, SLOTS, Inboxes
+from runtime.kernels.gpu.language import tl, triton
 from runtime.kernels.gpu.launch import cdiv, kernel, next_power_of_2
 from runtime.kernels.gpu.prefetch import CHUNK_BYTES, prefetch, prefetch_programs
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
 
 from runtime.kernels.gpu.attention_tile import (
     LOG2E,
@@ -21,6 +19,7 @@ from runtime.kernels.gpu.attention_tile import (
     attend_torch,
     merge_splits,
 )
+from runtime.kernels.gpu.language import tl, triton
 from runtime.kernels.gpu.launch import kernel, next_power_of_2
 
 # A program without keys ends at once, but many of them add up.

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-import triton
-import triton.language as tl
 
 from runtime.kernels.gpu.attention_tile import (
     LOG2E,
@@ -25,6 +23,7 @@ from runtime.kernels.gpu.attention_tile import (
     attend_torch,
     merge_splits,
 )
+from runtime.kernels.gpu.language import tl, triton
 from runtime.kernels.gpu.launch import kernel, next_power_of_2
 
 # A split of fewer keys than this costs more to merge than it saves.

@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
+
+from runtime.kernels.gpu.language import tl, triton
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Below every score, yet finite: a row that has seen no key so far must not compute inf - inf.

@@ -17,10 +17,9 @@ import triton
 import triton.runtime.cache
 from triton.runtime.cache import FileCacheManager
 
+from runtime.kernels.gpu.binaries import SHIPPED
+
 _compiled: Counter[str] = Counter()
-
-
-SHIPPED = Path(__file__).with_name("compiled")
 
 
 def prepare() -> None:

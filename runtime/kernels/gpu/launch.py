@@ -1,18 +1,27 @@
 """Launches of Triton kernels at a fraction of Triton's own cost on the host.
 
 Triton looks at all of its settings and at every argument anew for each launch, tens of microseconds long; a
-step with prompts in it launches hundreds of kernels. Here a launch looks up what was compiled for arguments
-of the same kind, and only what is new goes through Triton. Nor is there need of Triton's arithmetic.
+step with prompts in it launches hundreds of kernels. Here a launch looks up what was loaded for arguments of
+the same kind and calls the driver. What is new is looked for among the binaries that were kept, and only
+what is not there goes through Triton. Nor is there need of Triton's arithmetic.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from types import FunctionType
 from typing import Any
 
 import torch
-from triton.runtime.jit import JITFunction
+
+from runtime.kernels.gpu import binaries, language
+from runtime.kernels.gpu.binaries import Binary
+from runtime.kernels.gpu.language import Noted
+from runtime.kernels.gpu.loaded import CannotLoad, Loaded
+
+Launch = Callable[[tuple[int, ...], tuple[Any, ...]], None]
 
 
 class Kernel:
@@ -21,26 +30,75 @@ class Kernel:
     Arguments are given by position; constants, and settings such as num_warps, by name.
     """
 
-    def __init__(self, function: JITFunction[Any]) -> None:
-        self.function = function
-        self._variants: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
+    def __init__(self, function: Any) -> None:
+        self._function = function
+        python: FunctionType = function.fn
+        self.name = python.__qualname__
+        self._place = python.__module__
+        self._names = python.__code__.co_varnames[: python.__code__.co_argcount]
+        self._any_value = {*function.do_not_specialize}
+        self._any_alignment = {*function.do_not_specialize_on_alignment}
+        self._launches: dict[Any, Launch] = {}
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.function, name)
+    @property
+    def function(self) -> Any:
+        """What `triton.jit` makes."""
+        if isinstance(self._function, Noted):
+            language.bring()
+            self._function = language.real(self._function)
+        return self._function
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return partial(self._launch, (*grid, 1, 1)[:3])
 
     def _launch(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         key = (*map(_kind, arguments), *constants.items())
-        found = self._variants.get(key)
-        if found is None:
-            compiled = self.function[grid](*arguments, **constants)
-            rest = self.function.arg_names[len(arguments) :]
-            self._variants[key] = compiled, tuple(constants[name] for name in rest)
-        else:
-            compiled, given = found
-            compiled[grid](*arguments, *given)
+        launch = self._launches.get(key)
+        if launch is None:
+            launch = self._launches[key] = self._new(grid, arguments, constants)
+        launch(grid, arguments)
+
+    def _new(self, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]) -> Launch:
+        """How to launch with arguments of a new kind."""
+        key = self.key(arguments, constants)
+        binary = binaries.find(_capability(), self.name, key)
+        if binary is None:
+            compiled = self.compile(grid, arguments, constants)
+            binary = Binary.of(compiled, len(arguments))
+            if binary is None:
+                return _through_triton(compiled, [constants[name] for name in self._names[len(arguments) :]])
+            binaries.keep(None, _capability(), self.name, key, binary)
+        try:
+            return Loaded(binary)
+        except CannotLoad:
+            compiled = self.compile(grid, arguments, constants)
+            return _through_triton(compiled, [constants[name] for name in self._names[len(arguments) :]])
+
+    def compile(self, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]) -> Any:
+        """What Triton makes for a launch with these, from its cache or anew."""
+        from runtime.kernels.gpu import cache
+
+        cache.prepare()
+        return self.function.run(*arguments, grid=grid, warmup=True, **constants)
+
+    def key(self, arguments: tuple[Any, ...], constants: dict[str, Any]) -> str:
+        """All that Triton's choice among a kernel's variants depends on, as text.
+
+        Arguments may be any objects that have a tensor's dtype and address.
+        """
+        described = [self._described(*each) for each in zip(self._names, arguments, strict=False)]
+        return repr((self._place, self.name, described, sorted(constants.items())))
+
+    def _described(self, name: str, argument: Any) -> Any:
+        if hasattr(argument, "data_ptr"):
+            aligned = name not in self._any_alignment and argument.data_ptr() % 16 == 0
+            return str(argument.dtype), aligned and name not in self._any_value
+        if type(argument) is not int:
+            return argument if argument is None else type(argument).__name__
+        _, _, *width = _kind(argument)
+        if name in self._any_value:
+            return width
+        return argument == 1, argument % 16 == 0 and name not in self._any_alignment, *width
 
 
 def _kind(argument: Any) -> Any:
@@ -55,9 +113,26 @@ def _kind(argument: Any) -> Any:
     return type(argument)
 
 
+def _through_triton(compiled: Any, rest: list[Any]) -> Launch:
+    return lambda grid, arguments: compiled[grid](*arguments, *rest)
+
+
+@cache
+def _capability() -> int:
+    """The GPU's compute capability, 90 for 9.0."""
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
 def kernel(function: Any) -> Any:
     """What is to be launched in place of a function that `triton.jit` made; in its interpreter, that one."""
-    return Kernel(function) if isinstance(function, JITFunction) else function
+    return function if language.INTERPRETED else Kernel(function)
+
+
+def num_compiled() -> int:
+    """How many kernels have been compiled in this process, because nothing that was kept had them."""
+    cache = sys.modules.get("runtime.kernels.gpu.cache")
+    return 0 if cache is None else int(cache.num_compiled())
 
 
 def cdiv(number: int, divisor: int) -> int:

@@ -1,7 +1,7 @@
 """Compiling kernels for a GPU that is not there: they go to Triton's cache, with what launches them.
 
-Inside `compiling_for`, launching a kernel compiles it and does nothing else, so its arguments may be
-tensors without data. Their dtypes and offsets decide what is compiled.
+Inside `compiling_for`, launching a kernel compiles and keeps it and does nothing else, so its arguments may
+be tensors without data. Their dtypes and offsets decide what is compiled.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -24,16 +24,21 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from runtime.kernels.gpu import cache, launch
+from runtime.kernels import packed_linear
+from runtime.kernels.gpu import binaries, cache, launch, packed_tiles
+from runtime.kernels.gpu.binaries import Binary
 
 
 @contextmanager
-def compiling_for(capability: int) -> Iterator[None]:
-    """Compile for GPUs of a compute capability: 90 for 9.0. Needs a C compiler and Python's headers.
+def compiling_for(capability: int, num_processors: int = 1) -> Iterator[None]:
+    """Compile for GPUs of a compute capability, 90 for 9.0, and of so many multiprocessors.
+
+    Needs a C compiler and Python's headers.
 
     Fill a cache in a process of its own: what it has compiled is taken for launched.
     """
     cache.prepare()
+    properties = SimpleNamespace(multi_processor_count=num_processors)
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise FileNotFoundError("no C compiler found: Triton needs one to make what launches its kernels")
@@ -49,10 +54,14 @@ def compiling_for(capability: int) -> Iterator[None]:
         linking.chmod(0o755)
         triton.knobs.nvidia.libcuda_path = folder
         triton.knobs.build.cc = str(linking)
+        for known in (packed_linear._size, packed_tiles._capability):
+            known.cache_clear()  # the device changes
         with (
+            mock.patch.object(torch.cuda, "get_device_capability", return_value=divmod(capability, 10)),
+            mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),
             mock.patch.object(triton.runtime.build, "_load_module_from_path", _not_loaded),
             mock.patch.object(JITFunction, "run", _compile),
-            mock.patch.object(launch.Kernel, "_launch", _through_triton),
+            mock.patch.object(launch.Kernel, "_launch", _compile_only),
         ):
             from triton.backends.nvidia.driver import CudaUtils
 
@@ -107,8 +116,14 @@ def _not_loaded(name: str, path: str) -> ModuleType:
     return _Unloaded(name)
 
 
-def _through_triton(kernel: launch.Kernel, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    kernel.function[grid](*arguments, **constants)
+def _compile_only(kernel: launch.Kernel, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    described = tuple(_Argument(each) if isinstance(each, torch.Tensor) else each for each in arguments)
+    compiled = kernel.compile(grid, described, constants)
+    binary = Binary.of(compiled, len(described))
+    if binary is not None:
+        capability = driver.active.get_current_target().arch
+        key = kernel.key(described, constants)
+        binaries.keep(Path(triton.knobs.cache.dir), capability, kernel.name, key, binary)
 
 
 _run = JITFunction.run
@@ -117,7 +132,6 @@ _run = JITFunction.run
 def _compile(self: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> Any:
     from triton.backends.nvidia.driver import CudaLauncher
 
-    described = [_Argument(each) if isinstance(each, torch.Tensor) else each for each in arguments]
-    kernel = _run(self, *described, grid=grid, warmup=True, **named)
+    kernel = _run(self, *arguments, grid=grid, warmup=True, **named)
     CudaLauncher(kernel.src, kernel.metadata)
     return kernel

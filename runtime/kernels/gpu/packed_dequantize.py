@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 
+from runtime.kernels.gpu.language import tl, triton
 from runtime.kernels.gpu.launch import cdiv, kernel
 from runtime.kernels.gpu.packed_tiles import integers_of, word_shape
 from runtime.kernels.packed import PackedMatrix

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 
 from runtime.kernels.gpu.activation import silu
+from runtime.kernels.gpu.language import tl, triton
 from runtime.kernels.gpu.launch import cdiv, kernel
 from runtime.kernels.gpu.packed_tiles import rows_of
 from runtime.kernels.packed import PackedMatrix, dequantize_torch

@@ -12,10 +12,9 @@ import functools
 from dataclasses import dataclass, replace
 
 import torch
-import triton
-import triton.language as tl
 
 from runtime.kernels.gpu.activation import silu
+from runtime.kernels.gpu.language import INTERPRETED, tl, triton
 from runtime.kernels.gpu.launch import cdiv, kernel
 from runtime.kernels.packed import PackedMatrix
 
@@ -172,7 +171,7 @@ def word_shape(matrix: PackedMatrix) -> dict[str, int]:
 
 def _has_instructions(x: torch.Tensor) -> bool:
     """Whether the device has those of `_widening`; else plain arithmetic does the same."""
-    if triton.knobs.runtime.interpret:
+    if INTERPRETED:
         return False
     return x.dtype == torch.float16 or _capability(x.device) >= (9, 0)
 

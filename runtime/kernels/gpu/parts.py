@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 
 from runtime.kernels.gpu.all_reduce import normed, row_warps
+from runtime.kernels.gpu.language import tl, triton
 from runtime.kernels.gpu.launch import kernel, next_power_of_2
 
 

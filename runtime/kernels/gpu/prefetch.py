@@ -7,20 +7,19 @@ itself. Those ask for the weights and end: nobody waits until they have come.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
-from triton.runtime.driver import driver
+
+from runtime.kernels.gpu.language import INTERPRETED, tl, triton
 
 # Half of the cache of an H100: what lies there, each half of the multiprocessors has a copy of.
 MAX_BYTES = 24 << 20
 # What one thread asks for.
 CHUNK_BYTES = 1024
-_BULK_CAPABILITY = 90
+_BULK_CAPABILITY = 9, 0
 
 
 def can_prefetch() -> bool:
     """Whether the GPU knows how to copy a run of memory into its L2 cache: from Hopper on."""
-    return not triton.knobs.runtime.interpret and driver.active.get_current_target().arch >= _BULK_CAPABILITY
+    return not INTERPRETED and torch.cuda.get_device_capability() >= _BULK_CAPABILITY
 
 
 def prefetch_programs(weights: torch.Tensor | None, num_warps: int) -> tuple[int, int]:

@@ -12,9 +12,8 @@ A batch names slots in `rows` [B] int32; -1 stands for padding.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 
+from runtime.kernels.gpu.language import tl, triton
 from runtime.kernels.gpu.launch import cdiv, kernel
 
 _BLOCK = 128

@@ -7,9 +7,8 @@ head_dim]: what one head keeps of one block is contiguous.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 
+from runtime.kernels.gpu.language import tl, triton
 from runtime.kernels.gpu.launch import cdiv, kernel, next_power_of_2
 
 # How many elements of a token one program turns at once: a power of two.

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-import triton.language as tl
 
+from runtime.kernels.gpu.language import tl
 from runtime.protocol import MAX_BIASES, MAX_STOPS, SamplingParams
 
 RECORD_WORDS = 16

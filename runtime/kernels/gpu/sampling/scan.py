@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 
+from runtime.kernels.gpu.language import tl, triton
 from runtime.kernels.gpu.launch import kernel
 from runtime.kernels.gpu.sampling.parameters import ADJUSTED, FLAGS, WORDS
 

@@ -8,9 +8,7 @@ logits are equal, say), the program halves it over the whole row instead, which 
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
-
+from runtime.kernels.gpu.language import tl, triton
 from runtime.kernels.gpu.launch import kernel
 from runtime.kernels.gpu.sampling.parameters import TEMPERATURE
 from runtime.kernels.gpu.sampling.scan import load_logits, parameter_float, row_best

@@ -11,9 +11,8 @@ kept are kept.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 
+from runtime.kernels.gpu.language import tl, triton
 from runtime.kernels.gpu.launch import kernel
 from runtime.kernels.gpu.sampling.parameters import TEMPERATURE, TOP_K, TOP_P
 from runtime.kernels.gpu.sampling.scan import (
