@@ -8,8 +8,8 @@ Two things are special:
 - A few functions of deferred modules have a name in `torch` itself. There a function stands that imports
   the module when it is called, until the module is imported and the function itself takes that place.
 - `torch._meta_registrations`, and its like for torch.distributed, are imported for what they do, not for
-  what they hold: they teach operators about tensors without data. Tracing and compiling need that, so whoever imports what does them, or
-  transformers, has everything imported first.
+  what they hold: they teach operators about tensors without data. Tracing and compiling need that, so
+  whoever imports what does them, or transformers, has everything imported first.
 
 With another release of torch than those that this was tested with, nothing is deferred; should the import
 fail all the same, the process starts over and imports everything.
