@@ -17,7 +17,8 @@ from types import FunctionType
 from typing import Any
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
-_PLACE = __name__.rpartition(".")[0] + "."
+# The kernels' files.
+PLACE = __name__.rpartition(".")[0] + "."
 
 
 class Noted:
@@ -60,7 +61,7 @@ def bring() -> None:
     """Import Triton, and put it in place of what stands in for it."""
     with _lock:
         for name, module in list(sys.modules.items()):
-            if name.startswith(_PLACE):
+            if name.startswith(PLACE):
                 for key, value in list(vars(module).items()):
                     if isinstance(value, Noted | Constant | _Triton | _Language):
                         setattr(module, key, real(value))

@@ -8,6 +8,7 @@ what is not there goes through Triton. Nor is there need of Triton's arithmetic.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
 from functools import cache, partial
@@ -35,10 +36,12 @@ class Kernel:
         python: FunctionType = function.fn
         self.name = python.__qualname__
         self._place = python.__module__
+        self.is_kept = python.__module__.startswith(language.PLACE)
         self._names = python.__code__.co_varnames[: python.__code__.co_argcount]
         self._any_value = {*function.do_not_specialize}
         self._any_alignment = {*function.do_not_specialize_on_alignment}
         self._launches: dict[Any, Launch] = {}
+        self._variants: dict[str, Launch] = {}
 
     @property
     def function(self) -> Any:
@@ -55,24 +58,27 @@ class Kernel:
         key = (*map(_kind, arguments), *constants.items())
         launch = self._launches.get(key)
         if launch is None:
-            launch = self._launches[key] = self._new(grid, arguments, constants)
+            variant = self.key(arguments, constants)
+            if variant not in self._variants:
+                self._variants[variant] = self._new(variant, grid, arguments, constants)
+            launch = self._launches[key] = self._variants[variant]
         launch(grid, arguments)
 
-    def _new(self, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]) -> Launch:
-        """How to launch with arguments of a new kind."""
-        key = self.key(arguments, constants)
-        binary = binaries.find(_capability(), self.name, key)
+    def _new(
+        self, key: str, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]
+    ) -> Launch:
+        """How to launch the variant for arguments of a kind that none came of before."""
+        binary = binaries.find(_capability(), self.name, key) if self.is_kept else None
         if binary is None:
-            compiled = self.compile(grid, arguments, constants)
-            binary = Binary.of(compiled, len(arguments))
-            if binary is None:
-                return _through_triton(compiled, [constants[name] for name in self._names[len(arguments) :]])
-            binaries.keep(None, _capability(), self.name, key, binary)
-        try:
-            return Loaded(binary)
-        except CannotLoad:
-            compiled = self.compile(grid, arguments, constants)
-            return _through_triton(compiled, [constants[name] for name in self._names[len(arguments) :]])
+            binary = Binary.of(self.compile(grid, arguments, constants), len(arguments))
+            if binary is not None and self.is_kept:
+                binaries.keep(None, _capability(), self.name, key, binary)
+        if binary is not None:
+            with contextlib.suppress(CannotLoad):
+                return Loaded(binary)
+        compiled = self.compile(grid, arguments, constants)
+        rest = [constants[name] for name in self._names[len(arguments) :]]
+        return lambda grid, arguments: compiled[grid](*arguments, *rest)
 
     def compile(self, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]) -> Any:
         """What Triton makes for a launch with these, from its cache or anew."""
@@ -111,10 +117,6 @@ def _kind(argument: Any) -> Any:
     if argument is None or type(argument) is bool:
         return argument
     return type(argument)
-
-
-def _through_triton(compiled: Any, rest: list[Any]) -> Launch:
-    return lambda grid, arguments: compiled[grid](*arguments, *rest)
 
 
 @cache
