@@ -8,9 +8,8 @@ not find out again; but what is shared only grows, so that in the end it is repl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING
-from weakref import WeakSet
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -22,25 +21,31 @@ _MOST_IF_QUICK, _MOST = 64, 8
 _MOST_COPIES = 512
 
 
-@dataclass(eq=False, slots=True, weakref_slot=True)
 class Copy:
     """A matcher of one sequence's own. Those of the same `group` share a lock."""
 
-    matcher: LLMatcher
-    group: int
+    __slots__ = ("_compilation", "group", "matcher")
+
+    def __init__(self, compilation: _Compilation) -> None:
+        self.matcher = compilation.first.deep_copy()
+        self.group = compilation.number
+        self._compilation = compilation
+        compilation.num_copies += 1
+        compilation.num_in_use += 1
+
+    def __del__(self) -> None:
+        self._compilation.num_in_use -= 1
 
 
 class _Compilation:
     def __init__(self, first: LLMatcher) -> None:
-        self._first = first
+        self.first = first
+        self.number = next(_numbers)
         self.num_copies = 0
-        self.in_use: WeakSet[Copy] = WeakSet()
+        self.num_in_use = 0
 
-    def copy(self) -> Copy:
-        self.num_copies += 1
-        made = Copy(self._first.deep_copy(), id(self))
-        self.in_use.add(made)
-        return made
+
+_numbers = count()
 
 
 class Compilations:
@@ -55,12 +60,12 @@ class Compilations:
 
     def copy(self) -> Copy:
         """A matcher at the beginning, of the compilation that the fewest sequences follow now."""
-        return min(self._all, key=lambda one: len(one.in_use)).copy()
+        return Copy(min(self._all, key=lambda one: one.num_in_use))
 
     def wants_another(self) -> bool:
         """Whether it should be compiled once more, which is then expected."""
         num_compilations = len(self._all) + self._num_coming
-        num_in_use = sum(len(one.in_use) for one in self._all)
+        num_in_use = sum(one.num_in_use for one in self._all)
         crowded = num_in_use >= num_compilations and num_compilations < self._most
         worn = self._num_coming == 0 and any(one.num_copies >= _MOST_COPIES for one in self._all)
         self._num_coming += crowded or worn

@@ -35,8 +35,9 @@ class DeviceSampler:
         self._tables = SamplingTables.allocate(num_slots, vocab_size, device)
         self._sampler = Sampler(self._tables, num_slots, vocab_size)
         self._stages = [_NO_STAGES] * num_slots
-        self._num_slots = num_slots
-        self._mask_bits: torch.Tensor | None = None
+        # Made now, while nothing is under way: the copies do not wait for what memory held before.
+        shape = (num_slots, vocab_size // 32 + 1)
+        self._mask_bits = torch.empty(shape, dtype=torch.int32, device=device)
         self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def records(self, entering: Rows[Sequence]) -> npt.NDArray[np.int32]:
@@ -76,10 +77,7 @@ class DeviceSampler:
 
         They are written over those of the step before, which must be through.
         """
-        num_masks, num_words = masks.bits.shape
-        if self._mask_bits is None:
-            self._mask_bits = torch.empty((self._num_slots, num_words), dtype=torch.int32, device="cuda")
-        bits = self._mask_bits[:num_masks]
+        bits = self._mask_bits[: len(masks.sequences)]
         with torch.cuda.stream(self._copies):
             bits.copy_(masks.bits, non_blocking=True)
         torch.cuda.current_stream().wait_stream(self._copies)

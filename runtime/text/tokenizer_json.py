@@ -53,8 +53,18 @@ class JsonBackend:
         self._bytes_by_id: dict[int, bytes] = {}
 
     def encode(self, text: str, *, add_special_tokens: bool, parse_special: bool) -> list[int]:
-        backend = self._backend if parse_special else self._guarded[0]
+        plain = parse_special or not self._may_hold_special(text)
+        backend = self._backend if plain else self._guarded[0]
         return _encode(backend, checked(text), add_special_tokens)
+
+    def _may_hold_special(self, text: str) -> bool:
+        """Whether special tokens in the text would be read as such, were they not guarded against."""
+        return self.normalizes_special or (self._spelled is not None and bool(self._spelled.search(text)))
+
+    @cached_property
+    def _spelled(self) -> re.Pattern[str] | None:
+        contents = sorted(filter(None, self.special.values()), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, contents))) if contents else None
 
     def encode_owned(self, pieces: Iterable[tuple[str, bool]]) -> list[int]:
         backend, alias_of, id_behind = self._guarded

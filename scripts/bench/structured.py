@@ -33,9 +33,8 @@ ANSWERS_OF_A_CLIENT = 3
 REFERENCE_TOKENS = 32
 MOST_PROCESSES = 8
 OBJECTIVE = Objective(2.0, 0.05)
-# Near the end of a string that is bounded, masks take the longest. The tokens of made vocabularies are about
-# three times as long as those of a language's, so the bounds are, too.
-NAME_LENGTH, TAG_LENGTH = 3 * 40, 3 * 20
+# Near the end of a string that is bounded, masks take the longest.
+NAME_LENGTH, TAG_LENGTH = 40, 20
 PERSON: dict[str, Any] = {
     "type": "object",
     "properties": {

@@ -1,7 +1,8 @@
 """A byte-level BPE tokenizer of any size whose every token is readable text.
 
-Real in what it costs: as many entries and merges to read as the model that it stands for has. Each
-merge joins two tokens that exist already, so that every text can be tokenized and every id be shown.
+Real in what it costs: as many entries and merges to read as the model that it stands for has, and tokens
+about as long as a language's, which begin as others do. Each merge joins two tokens that exist already, so
+that every text can be tokenized and every id be shown.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 BEGIN, END = "<|begin|>", "<|end|>"
-_LONGEST_PART = 8
+# How many tokens of 2, 3, 4 ... characters SmolLM2's vocabulary has, in thousandths.
+_LENGTHS = (37, 87, 127, 135, 126, 116, 103, 85, 67, 47, 29, 18, 10, 4)
+_LONGEST_TAIL = 4
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
 
 
@@ -28,17 +31,20 @@ def vocabulary(size: int) -> tuple[dict[str, int], list[list[str]]]:
     draw = random.Random(0)
     tokens = {symbol: index for index, symbol in enumerate(byte_symbols())}
     space = byte_symbols()[ord(" ")]
-    parts = [space, *"abcdefghijklmnopqrstuvwxyz"]
+    by_length = {1: [space, *"abcdefghijklmnopqrstuvwxyz"]}
     merges: list[list[str]] = []
     while len(tokens) < size:
-        left, right = draw.choice(parts), draw.choice(parts)
+        (length,) = draw.choices(range(2, 2 + len(_LENGTHS)), _LENGTHS)
+        tail = draw.randint(1, min(_LONGEST_TAIL, length - 1))
+        if length - tail not in by_length or tail not in by_length:
+            continue
+        left, right = draw.choice(by_length[length - tail]), draw.choice(by_length[tail])
         whole = left + right
         if whole in tokens or right.startswith(space):
             continue
         tokens[whole] = len(tokens)
         merges.append([left, right])
-        if len(whole) <= _LONGEST_PART:
-            parts.append(whole)
+        by_length.setdefault(length, []).append(whole)
     return tokens, merges
 
 
