@@ -21,22 +21,6 @@ _MOST_IF_QUICK, _MOST = 64, 8
 _MOST_COPIES = 512
 
 
-class Copy:
-    """A matcher of one sequence's own. Those of the same `group` share a lock."""
-
-    __slots__ = ("_compilation", "group", "matcher")
-
-    def __init__(self, compilation: _Compilation) -> None:
-        self.matcher = compilation.first.deep_copy()
-        self.group = compilation.number
-        self._compilation = compilation
-        compilation.num_copies += 1
-        compilation.num_in_use += 1
-
-    def __del__(self) -> None:
-        self._compilation.num_in_use -= 1
-
-
 class _Compilation:
     def __init__(self, first: LLMatcher) -> None:
         self.first = first
@@ -49,36 +33,79 @@ _numbers = count()
 
 
 class Compilations:
-    """All compilations of one grammar; whoever uses it from several threads holds a lock meanwhile."""
+    """All compilations of one grammar. One thread makes copies; others may add compilations."""
 
     def __init__(self, first: LLMatcher, seconds: float) -> None:
         """`seconds` is what it took to compile it."""
         self._all = [_Compilation(first)]
         self._num_coming = 0
+        self._num_copies = 0
         self._most = _MOST_IF_QUICK if seconds < _QUICK_SECONDS else _MOST
-        self.is_quick = seconds < _QUICK_SECONDS
 
     def copy(self) -> Copy:
-        """A matcher at the beginning, of the compilation that the fewest sequences follow now."""
-        return Copy(min(self._all, key=lambda one: one.num_in_use))
+        """A matcher at the beginning."""
+        self._num_copies += 1
+        return Copy(self)
 
     def wants_another(self) -> bool:
         """Whether it should be compiled once more, which is then expected."""
         num_compilations = len(self._all) + self._num_coming
-        num_in_use = sum(one.num_in_use for one in self._all)
-        crowded = num_in_use >= num_compilations and num_compilations < self._most
+        crowded = self._num_copies >= num_compilations and num_compilations < self._most
         worn = self._num_coming == 0 and any(one.num_copies >= _MOST_COPIES for one in self._all)
         self._num_coming += crowded or worn
         return crowded or worn
 
-    def add(self, another: Compilations | str, *, wanted: bool = False) -> None:
-        """Take in another compilation, in the place of one that has served long if there is one.
+    def add(self, another: Compilations | str) -> None:
+        """Take in the compilation that was wanted, in the place of one that has served long if there is one.
 
-        A text says why there is none. `wanted` says that it was expected.
+        A text says why there is none.
         """
-        self._num_coming -= wanted
+        self._num_coming -= 1
         if isinstance(another, str):
             return
-        self._all = [one for one in self._all if one.num_copies < _MOST_COPIES]
-        if len(self._all) < self._most:
-            self._all += another._all
+        fresh = [one for one in self._all if one.num_copies < _MOST_COPIES]
+        self._all = [*fresh, *another._all] if len(fresh) < self._most else fresh
+
+    def take(self) -> _Compilation:
+        """The compilation that the fewest sequences follow now."""
+        found = min(self._all, key=lambda one: one.num_in_use)
+        found.num_copies += 1
+        found.num_in_use += 1
+        return found
+
+    def drop(self, compilation: _Compilation | None) -> None:
+        """Note that a copy is gone, and which compilation it was of."""
+        self._num_copies -= 1
+        if compilation is not None:
+            compilation.num_in_use -= 1
+
+
+class Copy:
+    """A matcher of one sequence's own, at the beginning.
+
+    Which compilation it is of is settled when it is first asked for: while a prompt is computed, there is
+    time for another one.
+    """
+
+    __slots__ = ("_compilation", "_compilations", "_matcher")
+
+    def __init__(self, compilations: Compilations) -> None:
+        self._compilations = compilations
+        self._compilation: _Compilation | None = None
+        self._matcher: LLMatcher | None = None
+
+    @property
+    def matcher(self) -> LLMatcher:
+        """What follows the grammar."""
+        if self._matcher is None:
+            self._compilation = self._compilations.take()
+            self._matcher = self._compilation.first.deep_copy()
+        return self._matcher
+
+    @property
+    def group(self) -> int:
+        """Matchers of the same group share a lock."""
+        return -1 if self._compilation is None else self._compilation.number
+
+    def __del__(self) -> None:
+        self._compilations.drop(self._compilation)

@@ -56,18 +56,8 @@ class Grammars:
             return grammar.source in self._compiled
 
     def compile(self, grammar: Grammar) -> None:
-        """Have the grammar ready for `matcher`, or known to be faulty.
-
-        Threads that wait for one that another is at make a compilation each, if that is quick: as many
-        sequences are about to follow it.
-        """
-        with self._keeping:
-            waits = grammar.source in self._under_way
-        found = self._find(grammar)
-        if waits and isinstance(found, Compilations) and found.is_quick:
-            another = self._compile(grammar.source)
-            with self._keeping:
-                found.add(another)
+        """Have the grammar ready for `matcher`, or known to be faulty."""
+        self._find(grammar)
 
     def verdict(self, grammar: Grammar) -> str | None:
         """What is wrong with the grammar, if anything is; it is compiled if it has not been yet."""
@@ -160,7 +150,7 @@ class Grammars:
     def _compile_wanted(self, source: str, found: Compilations) -> None:
         made = self._compile(source)
         with self._keeping:
-            found.add(made, wanted=True)
+            found.add(made)
 
     def read_ahead(self) -> bool:
         """Do a part of what the first grammar takes; False if nothing is left of it, or it cannot be done."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,12 +37,12 @@ class Masks:
         self._thread: ThreadPoolExecutor | None = None
         self._executor: LLExecutor | None = None
 
-    def begin(self, held: Rows[Sequence]) -> Callable[[], TokenMasks | None]:
+    def begin(self, sequences: Rows[Sequence]) -> Callable[[], TokenMasks | None]:
         """Begin to compute the masks of those sequences, which all have a constraint, that go on.
 
         What this returns waits for them; it returns None if there are none.
         """
-        rows = [(s, s.constraint) for s in held if s.constraint is not None and not s.ended]
+        rows = [(s, s.constraint) for s in sequences if s.constraint is not None and not s.ended]
         if not rows:
             return lambda: None
         if self._bits is None:
@@ -50,10 +51,14 @@ class Masks:
         free = [index for index, (_, constraint) in enumerate(rows) if constraint.copy is None]
         if free:
             bits[free] = self._anything()
-        copies = [(one.copy, index) for index, (_, one) in enumerate(rows) if one.copy is not None]
+        held = [
+            (one.copy.matcher, one.copy.group, index)
+            for index, (_, one) in enumerate(rows)
+            if one.copy is not None
+        ]
         # Those that share a lock one after the other, most likely by the same thread.
-        copies.sort(key=lambda item: item[0].group)
-        matchers = [(copy.matcher, index) for copy, index in copies]
+        held.sort(key=itemgetter(1))
+        matchers = [(matcher, index) for matcher, _, index in held]
         done = self._compute(matchers, bits) if matchers else None
         return lambda: self._finish(rows, bits, done)
 

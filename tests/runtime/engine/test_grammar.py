@@ -232,6 +232,7 @@ def test_sequences_side_by_side_get_a_compilation_each(grammars: Grammars) -> No
 
     def groups(num_in_use: int) -> set[int]:
         copies = [grammars.matcher(grammar) for _ in range(num_in_use)]
+        assert all(copy.matcher.compute_ff_bytes() == b"" for copy in copies)
         return {copy.group for copy in copies}
 
     deadline = time.monotonic() + 30
