@@ -36,6 +36,8 @@ Off = Annotated[bool, AfterValidator(_must_be_off), WithJsonSchema({"type": "boo
 NumTokens = Annotated[int, Field(ge=1, lt=1 << 31)]
 
 T = TypeVar("T", bound=Strict)
+# Complaints that say what would do, where several are about the same place.
+_TELLING = {"literal_error": 1, "union_tag_invalid": 2}
 # Of a kind, in a body: more than any client's library knows.
 _MOST_NULLS = 32
 
@@ -89,7 +91,7 @@ def _as_api_error(error: ValidationError, body: dict[str, Any]) -> ApiError:
     # Of a union's complaints, the one that went deepest into the body speaks of what was meant; and what
     # is missing from a thing of the wrong type does not matter.
     complaint = max(
-        error.errors(include_url=False), key=lambda e: (len(e["loc"]), e["type"] == "literal_error")
+        error.errors(include_url=False), key=lambda e: (len(e["loc"]), _TELLING.get(e["type"], 0))
     )
     path = _path(complaint["loc"], body)
     if complaint["type"] == "missing":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field
 
@@ -50,8 +50,33 @@ class NamedTool(Strict):
     function: NamedFunction
 
 
+Mode = Literal["auto", "required"]
+
+
+class AllowedNames(Strict):
+    """Those of the tools that may be called now, and whether one must be."""
+
+    mode: Mode
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_TOOLS)]
+
+
+class AllowedTools(Strict):
+    """`tool_choice` for some of the tools."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedNames
+
+    @property
+    def names(self) -> list[str]:
+        return [tool.function.name for tool in self.allowed_tools.tools]
+
+    @property
+    def mode(self) -> Mode:
+        return self.allowed_tools.mode
+
+
 Choice = Literal["none", "auto", "required"]
-ToolChoice = Choice | NamedTool
+ToolChoice = Choice | Annotated[NamedTool | AllowedTools, Field(discriminator="type")]
 Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)]
 
 
@@ -73,20 +98,35 @@ class Offer:
         return self.required or any(function.strict for function in self.callable)
 
 
+class SomeAllowed(Protocol):
+    """A choice of some of the tools, by name."""
+
+    @property
+    def names(self) -> list[str]: ...
+    @property
+    def mode(self) -> Mode: ...
+
+
 def offered(
     functions: Sequence[Function],
-    choice: Choice | NamedFunction,
+    choice: Choice | NamedFunction | SomeAllowed,
     place_of: str = "tools.{}.function",
 ) -> Offer:
     """What a request offers. `place_of` is how it names the place of a function.
+
+    Where only some may be called, the model is told of no others.
 
     Raises `ApiError` 400 for tools and choices that contradict each other.
     """
     names = [function.name for function in functions]
     for place, function in enumerate(functions):
         _check(function, names[:place], place_of.format(place))
-    if isinstance(choice, NamedFunction) and choice.name not in names:
-        message = f"'tool_choice' names the function '{choice.name}', which is not among 'tools'."
+    chosen = [choice.name] if isinstance(choice, NamedFunction) else []
+    if not isinstance(choice, str | NamedFunction):
+        chosen = choice.names
+        functions, choice = [function for function in functions if function.name in chosen], choice.mode
+    if strange := [name for name in chosen if name not in names]:
+        message = f"'tool_choice' names the function '{strange[0]}', which is not among 'tools'."
         raise ApiError(400, message, param="tool_choice", code="invalid_value")
     if choice == "required" and not functions:
         message = "'tool_choice' is 'required', but there are no 'tools' to call."

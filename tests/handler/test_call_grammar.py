@@ -61,7 +61,7 @@ class Writer:
     def write(self, source: str, seed: int, most: int = 600) -> str:
         """A whole text; fails if none of so many tokens comes about."""
         draw = Random(seed)
-        matcher = self.grammars.matcher(Grammar(source, "x"))[0]
+        matcher = self.grammars.matcher(Grammar(source, "x")).matcher
         ids: list[int] = []
         while len(ids) < most:
             bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
@@ -168,7 +168,7 @@ def test_calls_among_free_text(tmp_path: Path, name: str, text: Callable[[str], 
     source = reply_grammar(None, held, must_call=False, thinking=None, tag=writer.tag)
     once = reply_grammar(None, form.grammar(fixed(writer)), must_call=True, thinking=None, tag=writer.tag)
     call = writer.write(once, seed=0)
-    matcher = writer.grammars.matcher(Grammar(source, "x"))[0]
+    matcher = writer.grammars.matcher(Grammar(source, "x")).matcher
     ids = writer.tokenizer.encode(text(call), add_special_tokens=False)
     taken = matcher.try_consume_tokens(ids)
     assert (taken == len(ids) and matcher.is_accepting()) == allowed
@@ -188,7 +188,7 @@ def test_reasoning_comes_first_and_is_free(writer: Writer, inside: bool, must_ca
     source = reply_grammar(
         content, held if must_call else None, must_call=must_call, thinking=thinking, tag=writer.tag
     )
-    matcher = writer.grammars.matcher(Grammar(source, "x"))[0]
+    matcher = writer.grammars.matcher(Grammar(source, "x")).matcher
     opening = "" if inside else "<think>"
     ids = writer.tokenizer.encode(
         f'{opening}\nHm: {{"name": 5}}, or not?\n</think>\n\n', add_special_tokens=False
@@ -204,7 +204,7 @@ def test_reasoning_comes_first_and_is_free(writer: Writer, inside: bool, must_ca
     assert matcher.try_consume_tokens(ids) == len(ids)
     assert matcher.is_accepting()
     if not inside:
-        whole = writer.grammars.matcher(Grammar(source, "x"))[0]
+        whole = writer.grammars.matcher(Grammar(source, "x")).matcher
         assert whole.try_consume_tokens(ids) == len(ids)
 
 

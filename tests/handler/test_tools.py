@@ -180,6 +180,23 @@ class TestTold:
         assert first.startswith("<start_of_turn>user\nYou can call these functions:")
         assert first.endswith("\n\nHello?")
 
+    @pytest.mark.parametrize("mode", ["auto", "required"])
+    def test_of_no_others_than_may_be_called(self, make_server: Make, mode: str) -> None:
+        """In chats and in the Responses API, which spells it without a wrapping."""
+        server = make_server(CALL, chat_template=CHATML)
+        name = {"name": "weather"}
+        allowed = {"mode": mode, "tools": [{"type": "function", "function": name}]}
+        choice = {"type": "allowed_tools", "allowed_tools": allowed}
+        assert server.chat("Hi", tools=TOOLS, tool_choice=choice).json["choices"][0]["message"]["tool_calls"]
+        told = prompt(server)
+        flat = [{"type": "function", **tool["function"]} for tool in TOOLS]
+        plain = {"type": "allowed_tools", "mode": mode, "tools": [{"type": "function", **name}]}
+        body = {"input": "Hi", "tools": flat, "tool_choice": plain}
+        reply = server.post("/v1/responses", body).json
+        assert (reply["tool_choice"], prompt(server)) == (plain, told)
+        assert told.count('"name": "') == 1
+        assert (server.engine.submitted[-1].sampling.grammar is not None) == (mode == "required")
+
     def test_in_tokenize_too(self, hermes: Server) -> None:
         hermes.chat("Hi", tools=TOOLS)
         body = {"messages": [{"role": "user", "content": "Hi"}], "tools": TOOLS}
@@ -193,6 +210,19 @@ class TestRefused:
             ({"tools": [], "tool_choice": "required"}, "tool_choice"),
             ({"tool_choice": {"type": "function", "function": {"name": "nothing"}}}, "tool_choice"),
             ({"tool_choice": "sometimes"}, "tool_choice"),
+            ({"tool_choice": {"type": "custom", "custom": {"name": "weather"}}}, "tool_choice.type"),
+            (
+                {
+                    "tool_choice": {
+                        "type": "allowed_tools",
+                        "allowed_tools": {
+                            "mode": "auto",
+                            "tools": [{"type": "function", "function": {"name": "nothing"}}],
+                        },
+                    }
+                },
+                "tool_choice",
+            ),
             ({"tools": [*TOOLS, TOOLS[0]]}, "tools.2.function.name"),
             ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools.0.type"),
             ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),

@@ -10,7 +10,7 @@ from handler.openai.messages import MAX_MESSAGES, FunctionName
 from handler.openai.schema import MAX_LOGPROBS, ReasoningEffort, Stops
 from handler.openai.strict import NumTokens, Off, Strict
 from handler.openai.structured import AnyObject, NamedSchema, PlainText
-from handler.openai.tools import MAX_TOOLS, Choice, Function
+from handler.openai.tools import MAX_TOOLS, Choice, Function, Mode
 
 Id = Annotated[str, Field(min_length=1, max_length=256)]
 Status = Literal["in_progress", "completed", "incomplete"]
@@ -139,8 +139,16 @@ class NamedFunctionTool(Strict):
     name: FunctionName
 
 
-# Reasoning is handed out, and taken back, in the plain: there is none that would have to be encrypted.
-Include = Literal["message.output_text.logprobs", "reasoning.encrypted_content"]
+class AllowedFunctionTools(Strict):
+    """Those of the functions that may be called now, and whether one must be."""
+
+    type: Literal["allowed_tools"]
+    mode: Mode
+    tools: Annotated[list[NamedFunctionTool], Field(min_length=1, max_length=MAX_TOOLS)]
+
+    @property
+    def names(self) -> list[str]:
+        return [tool.name for tool in self.tools]
 
 
 class ReasoningOptions(Strict):
@@ -173,6 +181,10 @@ class StreamOptions(Strict):
     include_obfuscation: Off = False
 
 
+# Reasoning is handed out, and taken back, in the plain: there is none that would have to be encrypted.
+Include = Literal["message.output_text.logprobs", "reasoning.encrypted_content"]
+
+
 class ResponsesRequest(Strict):
     """POST /v1/responses."""
 
@@ -194,7 +206,9 @@ class ResponsesRequest(Strict):
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     include: list[Include] = []
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)] = []
-    tool_choice: Choice | NamedFunctionTool = "auto"
+    tool_choice: Choice | Annotated[NamedFunctionTool | AllowedFunctionTools, Field(discriminator="type")] = (
+        "auto"
+    )
     parallel_tool_calls: bool = True
     reasoning: ReasoningOptions | None = None
     text: TextOptions | None = None
