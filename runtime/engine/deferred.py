@@ -69,8 +69,19 @@ _DEFER_NOTHING = "FIRSTLIGHT_DEFER_NOTHING"
 _NEED_EVERYTHING = ("torch._dynamo", "torch._inductor", "transformers")
 
 
+# Set as soon as torch's import has got as far as having its libraries loaded.
+native_parts = threading.Event()
+
+
 def import_torch() -> None:
     """Import torch, deferring what can be. Nothing happens if it has been imported before."""
+    try:
+        _import_torch()
+    finally:
+        native_parts.set()
+
+
+def _import_torch() -> None:
     if "torch" in sys.modules or _DEFER_NOTHING in os.environ or not _tested():
         return
     sys.meta_path.insert(0, _finder)
@@ -116,6 +127,8 @@ class _Finder:
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """See `importlib.abc.MetaPathFinder`."""
+        if self.importing_torch and "torch._C" in sys.modules:
+            native_parts.set()
         if fullname in _NEED_EVERYTHING:
             self.load_all()
             return None

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime import marks
-from runtime.engine.deferred import import_torch
+from runtime.engine.deferred import import_torch, native_parts
 from runtime.engine.device import FindingDevice
+from runtime.engine.products import Products
 from runtime.engine.verification import Verification
 from runtime.errors import FirstlightError
 from runtime.kernels import native
@@ -31,8 +32,6 @@ from runtime.weights.plan import Plan, check_world_size, make_plan, plan_all
 from runtime.weights.upload import DeviceWeights
 
 if TYPE_CHECKING:
-    import torch
-
     from runtime.engine.core import Engine
     from runtime.engine.sleeper import Memory, Sleeper
     from runtime.weights.sources.arrival import Arrival
@@ -57,8 +56,7 @@ class Preparation(threading.Thread):
         self._send = send
         self._ranks = ranks
         self._met = threading.Event()
-        self._placed = threading.Event()
-        self._lasting: DeviceWeights | None = None
+        self._products: Products | None = None
         self._error: Exception | None = None
         self._last_sent = 0.0
         self.marks: dict[str, float] = {}
@@ -81,7 +79,6 @@ class Preparation(threading.Thread):
             self._error = error
         finally:
             self._met.set()
-            self._placed.set()
 
     def meet(self) -> None:
         """Wait until the ranks have met, and know what device they compute on."""
@@ -95,10 +92,10 @@ class Preparation(threading.Thread):
         if self._error is not None:
             raise self._error
 
-    def device_tensors(self) -> dict[str, tuple[torch.Tensor, ...]] | None:
-        """The weights, as soon as there is memory for them on a device that they surely stay in."""
-        self._placed.wait()
-        return None if self._lasting is None else self._lasting.tensors()
+    def end_products(self) -> None:
+        """From here on products are computed by whoever wants them."""
+        if self._products is not None:
+            self._products.end()
 
     def _prepare(self) -> None:
         if self._ranks is not None:
@@ -136,6 +133,7 @@ class Preparation(threading.Thread):
                 self._mark("verified")
                 self.weights.gate = OPEN
                 return True
+        self.end_products()
         if self._arena is not None:
             self._arena.close()
         return False
@@ -161,9 +159,8 @@ class Preparation(threading.Thread):
             self.weights = MappedWeights(self.plan, gate)
         else:
             self.weights = self._arena = DeviceWeights(self.plan, driver, gate)
-            # What comes from afar may turn out to be wrong, and then it is loaded anew, elsewhere.
-            self._lasting = self._arena if gate is OPEN else None
-            self._placed.set()
+            self._products = Products(driver, self.plan, self._arena.address, native_parts.wait)
+            self._products.start()
         self._mark("first_byte")
         self.weights.load(self._loaded if gate is OPEN else lambda done: None)
         self._mark("last_byte")
@@ -235,7 +232,7 @@ def start(
     if config.device != "cpu" and finding.found():
         from runtime.engine.opening import Opening
 
-        opening = Opening(preparation.device_tensors)
+        opening = Opening()
         opening.start()
         importlib.import_module("runtime.engine.device_runner")  # while weights are on their way
     preparation.finish()
@@ -256,7 +253,8 @@ def start(
             group,
         )
         if opening is not None:
-            opening.join()  # the canary's products are its, and take over what it has opened
+            opening.join()
+            preparation.end_products()
         sleeper = Sleeper(engine, memory, send)
     except Exception:
         if verification is not None:

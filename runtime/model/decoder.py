@@ -176,7 +176,7 @@ def _layers(
     num_heads = config.num_heads // (1 if group is None else group.world_size)
 
     def table(rope: RopeConfig | None) -> torch.Tensor | None:
-        return None if rope is None else cos_sin_table(rope, max_model_len).to(device)
+        return None if rope is None else cos_sin_table(rope, max_model_len, device)
 
     everywhere = config.rope, table(config.rope)
     in_windows = (config.local_rope, table(config.local_rope)) if config.local_rope else everywhere

@@ -10,16 +10,18 @@ import torch
 from runtime.model.config import RopeConfig
 
 
-def cos_sin_table(rope: RopeConfig, length: int) -> torch.Tensor:
+def cos_sin_table(rope: RopeConfig, length: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """[n * length, 2, rotary_dim / 2] float32: cosines and sines of every position's angles.
+
+    They are computed on the device, which for a GPU takes no time.
 
     Where angles depend on the prompt's length (Qwen's dynamic NTK), there is one table of `length` positions
     after the other: for no doubling of the length that the model was trained with, for one, and so on.
     """
-    positions = torch.arange(length, dtype=torch.float32)[:, None]
+    positions = torch.arange(length, dtype=torch.float32, device=device)[:, None]
     tables = []
     for doublings in range(rope.doublings(length) + 1):
-        angles = positions * _inverse_frequencies(rope, doublings)[None]
+        angles = positions * _inverse_frequencies(rope, doublings)[None].to(device)
         tables.append(torch.stack((angles.cos(), angles.sin()), dim=1))
     return torch.cat(tables) * _magnitude(rope)
 
