@@ -44,6 +44,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] not in COMMANDS:
         return _without_command(arguments)
     command, rest = arguments[0], arguments[1:]
+    if command != "serve":
+        return _run(command, rest)
+    from handler import ahead
+
+    ahead.begin(rest)
+    try:
+        return _run(command, rest)
+    finally:
+        ahead.end()
+
+
+def _run(command: str, rest: list[str]) -> int:
     module: Any = importlib.import_module(f"handler.commands.{command}")
     parser = argparse.ArgumentParser(
         prog=f"firstlight {command}",

@@ -105,20 +105,15 @@ MODEL_FLAGS = (
     Flag("seed", values.whole, "seed of requests that bring none (default: 0).", "N"),
 )
 
-DEVICE = Flag(
-    "device", values.choice("auto", "cuda", "cpu"), "where to run: auto, cuda or cpu (default: auto)."
-)
-TENSOR_PARALLEL_SIZE = Flag(
-    "tensor-parallel-size",
-    values.count,
-    "how many GPUs share one model (default: from models.yaml).",
-    "N",
-    short=("-tp",),
-)
-
 ENGINE_FLAGS = (
-    DEVICE,
-    TENSOR_PARALLEL_SIZE,
+    Flag("device", values.choice("auto", "cuda", "cpu"), "where to run: auto, cuda or cpu (default: auto)."),
+    Flag(
+        "tensor-parallel-size",
+        values.count,
+        "how many GPUs share one model (default: from models.yaml).",
+        "N",
+        short=("-tp",),
+    ),
     Flag(
         "gpu-memory-utilization",
         values.fraction,

@@ -9,16 +9,15 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from handler import ahead
 from handler.flags import (
     DEFAULT_HOST,
     DEFAULT_PORT,
-    DEVICE,
     ENGINE_FLAGS,
     HOST,
     MODEL_FLAGS,
     PORT,
     SERVER_FLAGS,
-    TENSOR_PARALLEL_SIZE,
     add_flags,
     add_model,
     collect,
@@ -65,17 +64,14 @@ def run(given: dict[str, Any]) -> int:
     with listen(*address(values)) as sock:
         listening = marks.since_exec()
 
-        # Clients can connect from here on. The engine takes longest, so its process comes next; what it is
-        # to serve it is told as soon as that is known. What serves requests comes last.
-        from runtime.spawn import spawn
-
-        spawned = spawn(_device(values))
+        # Clients can connect from here on. The engine takes longest: its process is there already, and is
+        # told what to serve as soon as that is known. What serves requests comes last.
         from handler.settings import read_others, read_settings
         from runtime.processes import start_engine
 
         settings = read_settings(values)
         others = read_others(values)
-        started = start_engine(settings.engine, spawned)
+        started = start_engine(settings.engine, ahead.taken())
 
         from runtime.client import EngineClient
 
@@ -93,16 +89,6 @@ def run(given: dict[str, Any]) -> int:
         from handler.server import serve
 
         return serve(client, settings, sock, others)
-
-
-def _device(given: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> str:
-    """What a lone engine process will be asked to compute on, as far as is known without the catalogue.
-
-    One that ranks take the place of need not look for a device.
-    """
-    values = collect(given, (DEVICE, TENSOR_PARALLEL_SIZE), environ)
-    lone = values.get(TENSOR_PARALLEL_SIZE.key, 1) == 1
-    return values.get(DEVICE.key, "auto") if lone else "cpu"
 
 
 def address(given: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> tuple[str, int]:
