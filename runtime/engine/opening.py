@@ -19,13 +19,14 @@ class Opening(threading.Thread):
     @torch.inference_mode()
     def run(self) -> None:
         """The thread's work."""
-        words = torch.zeros((4, 16), dtype=torch.int32, device="cuda")
-        rows = words[0, :1]
-        words[rows] = words[1:2]
+        rows, words, numbers = (
+            torch.zeros((4, 4)[:axes], dtype=dtype, device="cuda")
+            for axes, dtype in ((1, torch.int32), (2, torch.int32), (2, torch.float32))
+        )
+        words[rows[:1]] = torch.full((1, 4), -1, dtype=torch.int32, device="cuda")
         torch.cat((rows, rows))
-        torch.full((1,), -1, dtype=torch.int32, device="cuda")
         for dtype in (torch.bfloat16, torch.float16):
-            x = torch.zeros((4, 16), dtype=dtype, device="cuda")
-            angles = x[rows].float() * x[:1].float()
-            torch.cat((torch.stack((angles.cos(), angles.sin()), dim=1),)) * 1.0
-        torch.arange(4, dtype=torch.float32, device="cuda")
+            x = torch.zeros((4, 4), dtype=dtype, device="cuda")
+            numbers = x[rows].float() + numbers[rows] + rows[rows]
+        angles = torch.arange(4, dtype=torch.float32, device="cuda")[:, None] * numbers
+        torch.cat((torch.stack((angles.cos(), angles.sin()), dim=1),)) * 1.0

@@ -219,6 +219,12 @@ def start(
     preparation.start()
     import_torch()
     torch_imported = marks.since_exec()
+    opening = None
+    if config.device != "cpu" and finding.found():
+        from runtime.engine.opening import Opening
+
+        opening = Opening()
+        opening.start()
     from runtime.engine.build import build_engine
     from runtime.engine.sleeper import Sleeper
 
@@ -228,12 +234,7 @@ def start(
 
         preparation.meet()
         group = enter(ranks, preparation.driver, _PATIENCE * config.stuck_after_s)
-    opening = None
-    if config.device != "cpu" and finding.found():
-        from runtime.engine.opening import Opening
-
-        opening = Opening()
-        opening.start()
+    if opening is not None:
         importlib.import_module("runtime.engine.device_runner")  # while weights are on their way
     preparation.finish()
     if ranks is not None and len(set(ranks.control.exchange(preparation.directory.name))) > 1:
@@ -254,7 +255,7 @@ def start(
         )
         if opening is not None:
             opening.join()
-            preparation.end_products()
+        preparation.end_products()
         sleeper = Sleeper(engine, memory, send)
     except Exception:
         if verification is not None:
