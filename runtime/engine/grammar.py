@@ -153,12 +153,18 @@ class Grammars:
             found.add(made)
 
     def read_ahead(self) -> bool:
-        """Do a part of what the first grammar takes; False if nothing is left of it, or it cannot be done."""
-        with self._reading:
-            try:
-                return self._vocabulary is None and self._read_part() is None
-            except Exception:  # whoever brings a grammar is told
-                return False
+        """Do a part of what the first grammar takes; False if nothing is left of it, or nothing can be done.
+
+        It never waits for a thread that has begun to read for a grammar.
+        """
+        if not self._reading.acquire(blocking=False):
+            return False
+        try:
+            return self._vocabulary is None and self._read_part() is None
+        except Exception:  # whoever brings a grammar is told
+            return False
+        finally:
+            self._reading.release()
 
     def _read(self) -> Vocabulary:
         with self._reading:
