@@ -57,6 +57,8 @@ class Preparation(threading.Thread):
         self._ranks = ranks
         self._met = threading.Event()
         self._products: Products | None = None
+        # Once the model is here, or somebody has been sent for it.
+        self._looked_for = threading.Event()
         self._error: Exception | None = None
         self._last_sent = 0.0
         self.marks: dict[str, float] = {}
@@ -78,7 +80,15 @@ class Preparation(threading.Thread):
         except Exception as error:  # whatever it is, `finish` raises it where it can be reported
             self._error = error
         finally:
+            self._looked_for.set()
             self._met.set()
+
+    def look_for(self) -> None:
+        """Wait until the model is known to be here, or somebody has been sent for it.
+
+        Starting a process takes ten times as long beside an import, which rarely lets go of Python's lock.
+        """
+        self._looked_for.wait()
 
     def meet(self) -> None:
         """Wait until the ranks have met, and know what device they compute on."""
@@ -106,6 +116,7 @@ class Preparation(threading.Thread):
         directory = sources.locate(model, cache_dir)
         if directory is None:
             arrival = sources.arrive(model, cache_dir, self._fetched)
+            self._looked_for.set()
             directory = arrival.directory
             self.model = read_model(directory)
             # Before the weights are here: what this raises ends the fetch.
@@ -114,6 +125,7 @@ class Preparation(threading.Thread):
                 return
             arrival.settle()
             self._mark("verified")
+        self._looked_for.set()
         self.model = read_model(directory)
         self._load(directory, OPEN)
 
@@ -217,6 +229,8 @@ def start(
         finding.begin()
     preparation = Preparation(config, send, ranks, finding)
     preparation.start()
+    if ranks is None:
+        preparation.look_for()
     import_torch()
     torch_imported = marks.since_exec()
     opening = None

@@ -67,7 +67,7 @@ class Arrival:
         self._ended = False
         self._stop = threading.Event()
         self._landing: Landing | None = None
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process = self._start()
         self._thread = threading.Thread(target=self._run, name="arrival", daemon=True)
         self._thread.start()
 
@@ -129,14 +129,16 @@ class Arrival:
     def give_up(self) -> None:
         """End the fetch; what has come stays in the cache, where the next fetch finds it."""
         self._end(FirstlightError("The fetch was given up."))
-        if self._process is not None and self._process.stdin is not None:
+        if self._process.stdin is not None:
             self._process.stdin.close()
         self._thread.join()
 
     def _run(self) -> None:
         try:
-            for _ in range(_MAX_STARTS):
-                status = self._fetch()
+            for start in range(_MAX_STARTS):
+                if start:
+                    self._process = self._start()
+                status = self._listen(self._process)
                 if self._ended:
                     return
             raise FirstlightError(
@@ -146,16 +148,18 @@ class Arrival:
         except Exception as error:  # also what `on_progress` raises: whoever waits must hear of it
             self._end(error)
 
-    def _fetch(self) -> int:
-        """Start the process and listen to it until it ends; its exit status."""
+    def _start(self) -> subprocess.Popen[bytes]:
         # It ends when its input does: with this process, however this one ends.
-        with subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        return subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def _listen(self, process: subprocess.Popen[bytes]) -> int:
+        """Take what the process says until it ends; its exit status."""
+        with process:
             assert process.stdout is not None
-            self._process = process
-            self._listen(process.stdout)
+            self._take(process.stdout)
         return process.returncode
 
-    def _listen(self, lines: IO[bytes]) -> None:
+    def _take(self, lines: IO[bytes]) -> None:
         for line in lines:
             match msgspec.json.decode(line, type=Said):
                 case Came(done, total, phase, directory):

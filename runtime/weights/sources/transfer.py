@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 # One ranged read asks for this much, and towards the end for less, so that all connections end together.
 RANGE_BYTES = 64 << 20
 LAST_RANGE_BYTES = 8 << 20
-# A killed process loses at most one block per connection. Blocks end at multiples of this, which is what the
-# mover writes at once.
-BLOCK_BYTES = 2 << 20
+# A killed process loses at most one block per connection, or what came in a quarter of a second if that is
+# less. Blocks end at multiples of this, so that what the mover writes at once does not straddle two.
+BLOCK_BYTES = 8 << 20
 # A file is verified by one thread, from its beginning on: so that many files are brought at once.
 FILES_AT_ONCE = 8
 _REPORT_S = 0.1

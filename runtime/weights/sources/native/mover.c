@@ -78,7 +78,8 @@ __attribute__((visibility("default"))) int64_t mover_move(int connection, int fi
     *state = buffer ? MORE : FILE_FAILED;
     *code = buffer ? 0 : ENOMEM;
     while (moved < count && *state == MORE && (moved == 0 || now_ms() < give_up)) {
-        int64_t wanted = count - moved < BUFFER_BYTES ? count - moved : BUFFER_BYTES, filled = 0;
+        int64_t to_boundary = BUFFER_BYTES - (offset + moved) % BUFFER_BYTES, filled = 0;
+        int64_t wanted = count - moved < to_boundary ? count - moved : to_boundary;
         while (filled < wanted) {
             ssize_t got = recv(connection, buffer + filled, (size_t)(wanted - filled), MSG_DONTWAIT);
             if (got > 0) {
