@@ -37,8 +37,8 @@ TWO_SHOT_ROWS = 2048
 # The halves of a long step have at most so many rows.
 HALF_ROWS = 4096
 # Of so many rows the logits are gathered in the same way.
-GATHERED_ROWS = 64
-# Products of fewer rows are launched early, and those of more have to wait for more than their weights.
+GATHERED_ROWS = 16
+# Our own products, of fewer rows, gain nothing by it; those of more rows wait for more than weights.
 _PREFETCH_ROWS = range(9, 257)
 _LAZY_PEER_ACCESS = 1
 

@@ -19,6 +19,8 @@ LAYERS = {
     "down": (4096, 14336),
     "head": (128256, 4096),
     "Qwen2.5-0.5B's down": (896, 4864),
+    "Llama-3-70B's gate and up on one of four GPUs": (14336, 8192),
+    "Llama-3-70B's down on one of four GPUs": (8192, 7168),
     "Baichuan-13B's gate and up": (27392, 5120),
 }
 ROWS = [1, 2, 8, 13, 16]
