@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
@@ -38,8 +37,8 @@ NumTokens = Annotated[int, Field(ge=1, lt=1 << 31)]
 T = TypeVar("T", bound=Strict)
 # Complaints that say what would do, where several are about the same place.
 _TELLING = {"literal_error": 1, "union_tag_invalid": 2}
-# Of a kind, in a body: more than any client's library knows.
-_MOST_NULLS = 32
+# Each attempt finds the unknown nulls of one kind of place in a body; no library knows so many fields.
+_MOST_ATTEMPTS, _MOST_NULLS = 12, 256
 
 
 def parse(model: type[T], body: Any) -> T:
@@ -47,28 +46,26 @@ def parse(model: type[T], body: Any) -> T:
     if not isinstance(body, dict):
         raise ApiError(400, "The request body must be a JSON object.", code="invalid_type")
     kept = settle(body, frozenset(model.model_fields))
-    for _ in range(_MOST_NULLS):
+    attempts = 0
+    while True:
         try:
             return model.model_validate(kept)
         except ValidationError as error:
-            fitting = _without_nulls(error, kept)
-            if fitting is None:
+            attempts += 1
+            if attempts > _MOST_ATTEMPTS or not _drop_nulls(error, kept):
                 raise _as_api_error(error, kept) from None
-            kept = fitting
-    raise ApiError(400, "The request has too many unknown fields.", code="unknown_parameter")
 
 
-def _without_nulls(error: ValidationError, body: dict[str, Any]) -> dict[str, Any] | None:
-    """The body without the unknown fields that are null, in whatever is in one list; None if there are none.
+def _drop_nulls(error: ValidationError, body: dict[str, Any]) -> bool:
+    """Drop the unknown fields that are null, from whatever is in one list; False if there are none.
 
     Clients put into a conversation what their libraries made of answers, with a null for every field that
     the library knows: it asks for nothing.
     """
+    if error.error_count() > _MOST_NULLS:
+        return False
     complaints = error.errors(include_url=False)
     nulls = [one for one in complaints if one["type"] == "extra_forbidden" and one["input"] is None]
-    if not nulls:
-        return None
-    body = copy.deepcopy(body)
     for complaint in nulls:
         *path, name = _path(complaint["loc"], body)
         holders: list[Any] = [body]
@@ -77,7 +74,7 @@ def _without_nulls(error: ValidationError, body: dict[str, Any]) -> dict[str, An
         for holder in holders:
             if isinstance(holder, dict) and holder.get(name, 0) is None:
                 del holder[name]
-    return body
+    return bool(nulls)
 
 
 def _within(holder: Any, step: str) -> list[Any]:
