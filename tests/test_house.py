@@ -55,6 +55,8 @@ ROOMS_OF_THE_HANDLER = {
     "runtime.weights.sources",
 }
 HEAVY = {"torch", "transformers", "triton"}
+# The kernels' files have Triton from `language.py`, which puts its import off; these are about compiling.
+AT_THE_COMPILER = {"runtime.kernels.gpu.cache", "runtime.kernels.gpu.offline"}
 # The parts of runtime/ that work before torch is there, or where it never is.
 TORCH_FREE = (
     *sorted(ROOMS_OF_THE_HANDLER),
@@ -160,6 +162,10 @@ class TestImports:
     @pytest.mark.parametrize("module", [*modules_in("runtime.text"), *modules_in("runtime.weights.sources")])
     def test_text_and_sources_never_import_torch(self, module: str) -> None:
         assert {name.partition(".")[0] for name in imports(module)}.isdisjoint(HEAVY)
+
+    @pytest.mark.parametrize("module", sorted({*modules_in("runtime.kernels.gpu")} - AT_THE_COMPILER))
+    def test_kernels_are_written_without_the_compiler(self, module: str) -> None:
+        assert {name.partition(".")[0] for name in imports(module)}.isdisjoint({"triton"})
 
     def test_no_circles(self) -> None:
         graph = {module: imports(module) & MODULES.keys() - {module} for module in MODULES}

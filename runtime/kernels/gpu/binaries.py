@@ -82,10 +82,10 @@ def find(capability: int, name: str, key: str) -> Binary | None:
     for root in (SHIPPED, _users_folder()):
         try:
             head, _, code = (root / fingerprint / _file(name, key)).read_bytes().partition(b"\n")
-        except OSError:
-            continue
-        known = json.loads(head)
-        return Binary(**{**known, "passed": tuple(known["passed"])}, code=code)
+            known = json.loads(head)
+            return Binary(**{**known, "passed": tuple(known["passed"])}, code=code)
+        except (OSError, ValueError, TypeError, KeyError):
+            continue  # it is not there, or was damaged
     return None
 
 
@@ -95,8 +95,6 @@ def keep(root: Path | None, capability: int, name: str, key: str, binary: Binary
     if fingerprint is None:
         return
     path = (root or _users_folder()) / fingerprint / _file(name, key)
-    if path.exists():
-        return
     known = asdict(binary)
     code = known.pop("code")
     try:

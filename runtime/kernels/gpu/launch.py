@@ -47,7 +47,6 @@ class Kernel:
     def function(self) -> Any:
         """What `triton.jit` makes."""
         if isinstance(self._function, Noted):
-            language.bring()
             self._function = language.real(self._function)
         return self._function
 
@@ -85,6 +84,7 @@ class Kernel:
         from runtime.kernels.gpu import cache
 
         cache.prepare()
+        language.bring()
         return self.function.run(*arguments, grid=grid, warmup=True, **constants)
 
     def key(self, arguments: tuple[Any, ...], constants: dict[str, Any]) -> str:

@@ -118,15 +118,18 @@ def _not_loaded(name: str, path: str) -> ModuleType:
 
 def _compile_only(kernel: launch.Kernel, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     described = tuple(_Argument(each) if isinstance(each, torch.Tensor) else each for each in arguments)
-    compiled = kernel.compile(grid, described, constants)
-    binary = Binary.of(compiled, len(described))
+    capability = driver.active.get_current_target().arch
+    key = kernel.key(described, constants)
+    if (capability, key) in _compiled:
+        return
+    _compiled.add((capability, key))
+    binary = Binary.of(kernel.compile(grid, described, constants), len(described))
     if binary is not None:
-        capability = driver.active.get_current_target().arch
-        key = kernel.key(described, constants)
         binaries.keep(Path(triton.knobs.cache.dir), capability, kernel.name, key, binary)
 
 
 _run = JITFunction.run
+_compiled: set[tuple[int, str]] = set()
 
 
 def _compile(self: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> Any:

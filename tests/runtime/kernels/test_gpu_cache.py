@@ -115,3 +115,13 @@ def test_what_was_compiled_is_found_without_the_compiler(tmp_path: Path, compile
         "None None",
         "False",
     ]
+
+
+def test_what_is_damaged_is_made_anew(tmp_path: Path) -> None:
+    site = Path(runtime.__file__).parents[1]
+    run_in(site, tmp_path, COMPILE)
+    (kept,) = tmp_path.glob("launches-*/_gated_kernel-*")
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:20])
+    assert run_in(site, tmp_path, COMPILE) == "0"
+    assert kept.read_bytes() == whole
