@@ -33,6 +33,7 @@ from runtime.weights.upload import DeviceWeights
 
 if TYPE_CHECKING:
     from runtime.engine.core import Engine
+    from runtime.engine.opening import Opening
     from runtime.engine.sleeper import Memory, Sleeper
     from runtime.weights.sources.arrival import Arrival
 
@@ -233,12 +234,7 @@ def start(
         preparation.look_for()
     import_torch()
     torch_imported = marks.since_exec()
-    opening = None
-    if config.device != "cpu" and finding.found():
-        from runtime.engine.opening import Opening
-
-        opening = Opening()
-        opening.start()
+    opening = _open(config, finding)
     from runtime.engine.build import build_engine
     from runtime.engine.sleeper import Sleeper
 
@@ -254,7 +250,6 @@ def start(
     if ranks is not None and len(set(ranks.control.exchange(preparation.directory.name))) > 1:
         # Nobody has to mend this: started again, they most likely find the same.
         raise RuntimeError("The ranks have different versions of the model; it changed at its source.")
-    device = preparation.device
     memory = _memory(preparation, config.world_size)
     verification = preparation.verification
     try:
@@ -263,7 +258,7 @@ def start(
             preparation.directory,
             preparation.model,
             preparation.weights.tensors,
-            device,
+            preparation.device,
             memory,
             group,
         )
@@ -275,19 +270,37 @@ def start(
         if verification is not None:
             verification.judge()
         raise
-    ready = Ready(
-        device=device,
-        dtype=str(dtype).removeprefix("torch."),
+    preparation.marks |= {"torch": torch_imported, "ready": marks.since_exec()}
+    return engine, _ready(preparation, engine, str(dtype), ranks), sleeper, verification
+
+
+def _open(config: EngineConfig, finding: FindingDevice) -> Opening | None:
+    """Begin to enter the GPU, if there is one."""
+    if config.device == "cpu" or not finding.found():
+        return None
+    from runtime.engine.opening import Opening
+
+    opening = Opening()
+    opening.start()
+    return opening
+
+
+def _ready(preparation: Preparation, engine: Engine, dtype: str, ranks: Ranks | None) -> Ready:
+    """What there is to be said of an engine that takes requests."""
+    blocks = engine.scheduler.blocks
+    compiled = _kernels_compiled(preparation.device)
+    return Ready(
+        device=preparation.device,
+        dtype=dtype.removeprefix("torch."),
         max_model_len=engine.max_model_len,
         vocab_size=engine.vocab_size,
-        block_size=engine.scheduler.blocks.block_size,
-        num_blocks=engine.scheduler.blocks.num_blocks,
+        block_size=blocks.block_size,
+        num_blocks=blocks.num_blocks,
         weight_bytes=preparation.plan.read_bytes,
-        marks={**preparation.marks, "torch": torch_imported, "ready": marks.since_exec()},
-        counters={**_bytes(preparation, ranks), "kernels_compiled": _kernels_compiled(device)},
-        unverified=verification is not None,
+        marks=preparation.marks,
+        counters={**_bytes(preparation, ranks), "kernels_compiled": compiled},
+        unverified=preparation.verification is not None,
     )
-    return engine, ready, sleeper, verification
 
 
 def _bytes(preparation: Preparation, ranks: Ranks | None) -> dict[str, int]:
