@@ -21,9 +21,9 @@ from typing import NamedTuple
 from runtime.weights.cuda_driver import CudaError, Driver
 from runtime.weights.plan import Plan
 
-# The canary's first. There are more kinds of products than there is time for.
+# The canary's first. There are more kinds of products than there may be time for.
 _ROWS = (64, 128, 32, 96, 16, 48, 256, 192, 24, 40, 512, 160, 224, 112, 1024)
-_ROWS_OF_LOGITS = (16, 32, 64, 128, 256)
+_ROWS_OF_LOGITS = (16, 64, 256)
 _TYPES = {"F16": 2, "BF16": 14}  # CUDA_R_16F, CUDA_R_16BF
 _FLOAT32 = 0  # CUDA_R_32F
 _TRANSPOSED, _AS_IS = 1, 0  # CUBLAS_OP_T, CUBLAS_OP_N
@@ -101,7 +101,7 @@ def _products(plan: Plan, address: int) -> Iterator[tuple[_Product, int]]:
     }
     head = "head" if "head" in matrices else "embedding"
     found: dict[_Product, int] = {}
-    for wanted in (_ROWS[:8], _ROWS_OF_LOGITS, _ROWS[8:]):
+    for wanted in (_ROWS[:4], _ROWS_OF_LOGITS, _ROWS[4:]):
         for rows in wanted:
             for name, (offset, pieces) in matrices.items():
                 kind = _TYPES.get(pieces[0].tensor.dtype)

@@ -247,6 +247,7 @@ def start(
     if opening is not None:
         importlib.import_module("runtime.engine.device_runner")  # while weights are on their way
     preparation.finish()
+    preparation.end_products()  # the memory that they take is counted from here on
     if ranks is not None and len(set(ranks.control.exchange(preparation.directory.name))) > 1:
         # Nobody has to mend this: started again, they most likely find the same.
         raise RuntimeError("The ranks have different versions of the model; it changed at its source.")
@@ -264,7 +265,6 @@ def start(
         )
         if opening is not None:
             opening.join()
-        preparation.end_products()
         sleeper = Sleeper(engine, memory, send)
     except Exception:
         if verification is not None:
