@@ -11,7 +11,7 @@ import triton.language as tl
 
 from gpu.timing import replay_seconds
 
-_READ_BYTES = 4 << 30
+_READ_BYTES = 2 << 30
 _MATRIX = 8192
 
 

@@ -10,40 +10,38 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from harness import BenchError
 
-_BYTES = 2 << 30
-_MATRIX = 8192
+_UPLOAD_BYTES = 1 << 29
 _REPEATS = 10
 
 
 def measure() -> dict[str, float]:
     """Bytes read a second, bf16 operations a second, and bytes a second from pinned host memory."""
+    from gpu import limits
+
+    found = limits.measure()
+    return {"read": found.read, "product": found.product, "upload": _upload()}
+
+
+def _upload() -> float:
     import torch
 
-    def seconds(work: Callable[[], object]) -> float:
-        for _ in range(3):
-            work()
+    pinned = torch.empty(_UPLOAD_BYTES, dtype=torch.uint8, pin_memory=True)
+    landing = torch.empty(_UPLOAD_BYTES, dtype=torch.uint8, device="cuda")
+
+    def seconds(count: int) -> float:
         torch.cuda.synchronize()
         began = time.perf_counter()
-        for _ in range(_REPEATS):
-            work()
+        for _ in range(count):
+            landing.copy_(pinned, non_blocking=True)
         torch.cuda.synchronize()
-        return (time.perf_counter() - began) / _REPEATS
+        return time.perf_counter() - began
 
-    data = torch.empty(_BYTES // 2, dtype=torch.bfloat16, device="cuda").normal_()
-    integers = data.view(torch.int16)
-    pinned = torch.empty(_BYTES // 4, dtype=torch.uint8, pin_memory=True)
-    landing = data.view(torch.uint8)[: _BYTES // 4]
-    left, right = (torch.randn(_MATRIX, _MATRIX, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    return {
-        "read": _BYTES / seconds(integers.max),
-        "product": 2 * _MATRIX**3 / seconds(lambda: left @ right),
-        "upload": pinned.nbytes / seconds(lambda: landing.copy_(pinned, non_blocking=True)),
-    }
+    seconds(1)
+    return _REPEATS * _UPLOAD_BYTES / seconds(_REPEATS)
 
 
 def measure_apart() -> dict[str, float]:
