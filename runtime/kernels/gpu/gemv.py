@@ -33,10 +33,11 @@ class GemvConfig:
 
 # The fastest on an H200 for most of Llama-3-8B: `scripts/bench/kernels.py --only products --sweep`.
 _ONE_ROW = GemvConfig(2, 2048, 4, 1)
+# Which reads two rows of the weights for every output.
+_ONE_GATED_ROW = GemvConfig(1, 2048, 4, 1)
 _FEW_ROWS = GemvConfig(32, 128, 4, 6)
 # (outputs of the weight, inputs, one row or several) where the sweep found something better.
 _CONFIGS = {
-    (28672, 4096, True): GemvConfig(1, 2048, 4, 1),
     (128256, 4096, True): GemvConfig(1, 2048, 4, 1),
     (6144, 4096, False): GemvConfig(64, 128, 4, 5),
     (28672, 4096, False): GemvConfig(64, 128, 4, 4),
@@ -51,10 +52,11 @@ _CONFIGS = {
 }
 
 
-def gemv_config(out_features: int, in_features: int, num_rows: int) -> GemvConfig:
+def gemv_config(out_features: int, in_features: int, num_rows: int, gated: bool = False) -> GemvConfig:
     """The way of computing products with weights [out_features, in_features]."""
     single = num_rows == 1
-    return _CONFIGS.get((out_features, in_features, single), _ONE_ROW if single else _FEW_ROWS)
+    usual = (_ONE_GATED_ROW if gated else _ONE_ROW) if single else _FEW_ROWS
+    return _CONFIGS.get((out_features, in_features, single), usual)
 
 
 def gemv(
@@ -81,7 +83,7 @@ def gemv(
     out_features = weight.shape[0]
     if not 1 <= num_rows <= MAX_ROWS:
         raise ValueError(f"gemv takes 1 to {MAX_ROWS} rows, not {num_rows}")
-    config = config or gemv_config(out_features, in_features, num_rows)
+    config = config or gemv_config(out_features, in_features, num_rows, silu_mul)
     outputs = out_features // 2 if silu_mul else out_features
     operands = (
         x,

@@ -143,7 +143,7 @@ def add_sweep(report: Report, limits: Limits) -> None:
         )
         for place, layer in enumerate(LAYERS):
             best = min(found, key=lambda config, place=place: found[config][place])
-            now = found.get(gemv_config(layer.outputs, layer.inputs, rows), found[best])[place]
+            now = found.get(gemv_config(layer.outputs, layer.inputs, rows, layer.gated), found[best])[place]
             report.add_note(
                 f"({layer.outputs}, {layer.inputs}, {rows == 1}): {best},"
                 f"  # {layer.name}: {100 * limit[place] / found[best][place]:.0f} % of the limit,"
