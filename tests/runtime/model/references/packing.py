@@ -62,7 +62,7 @@ def _e4m3(codes: np.ndarray) -> np.ndarray:
 
 
 def quantised_fp8(name: str, shape: tuple[int, int], settings: dict[str, Any], random: np.random.Generator):
-    """As `quantised`, in e4m3 with a scale for all, for each output or for each block; meant in bfloat16."""
+    """As `quantised`, in e4m3 with a scale for all, for each output or for each block; meant in float32."""
     codes = random.integers(0, 256, shape).astype(np.uint8)
     codes[codes & 127 == 127] = 0  # there is no such number
     rows, columns = settings.get("weight_block_size", shape)
@@ -74,7 +74,7 @@ def quantised_fp8(name: str, shape: tuple[int, int], settings: dict[str, Any], r
     # The largest of these numbers is 448.
     scales = ((random.random(scale_shape) + 0.5) * (0.3 / 100)).astype(np.float32)
     spread = scales.repeat(rows, 0)[: shape[0]].repeat(columns, 1)[:, : shape[1]]
-    weight = torch.from_numpy((_e4m3(codes) * spread).astype(np.float32)).bfloat16()
+    weight = torch.from_numpy((_e4m3(codes) * spread).astype(np.float32))
     if settings["quant_method"] == "fp8" and kind == "weight_scale":
         scales = scales.reshape(())
     base = name.removesuffix(".weight")
