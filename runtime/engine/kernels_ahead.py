@@ -61,8 +61,6 @@ _STEPS: Sequence[tuple[int, tuple[int, ...]]] = (
     (0, (1,)), (0, (64,)), (0, (2048,)), (3, (40, 500)),
 )  # fmt: skip
 _SPLITS = (1, 2)
-# Products with quantised weights are split where a GPU has more multiprocessors than they have parts.
-_FEW_AND_MANY_MULTIPROCESSORS = (1, 1 << 16)
 _MAX_LEN = 4096
 _SLOTS = 256
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -85,15 +83,13 @@ def compile_kernels(directory: Path, capability: int, world_size: int = 1) -> in
     import_the_rest()
     plan = make_plan(model, imagined_checkpoint(model), 0, world_size)
     quantization = model.config.quantization
-    processors = _FEW_AND_MANY_MULTIPROCESSORS if quantization else (1,)
-    for num_processors in processors:
-        with compiling_for(capability, num_processors), FakeTensorMode(), torch.inference_mode():
-            group = _ImaginedGroup(world_size, model.config, dtype) if world_size > 1 else None
-            for weights in imagined_weights(plan, quantization, dtype):
-                steps = _Steps(model, weights, dtype, _block_size(), group)
-                for num_decodes, prompts in _STEPS:
-                    for num_splits in _SPLITS:
-                        steps.sample(steps.forward(num_decodes, prompts, num_splits))
+    with compiling_for(capability), FakeTensorMode(), torch.inference_mode():
+        group = _ImaginedGroup(world_size, model.config, dtype) if world_size > 1 else None
+        for weights in imagined_weights(plan, quantization, dtype):
+            steps = _Steps(model, weights, dtype, _block_size(), group)
+            for num_decodes, prompts in _STEPS:
+                for num_splits in _SPLITS:
+                    steps.sample(steps.forward(num_decodes, prompts, num_splits))
     return cache.num_compiled() - before
 
 

@@ -4,6 +4,7 @@ A weight is scale * (value - zero). Numbers of the e4m3 type stand one after the
 Integers q of b bits, 4 or 8, have the value q - 2^(b - 1), so that symmetric weights need no zeros either.
 They are packed into words of 16 bits, lowest bits first: of each `f * field` neighbouring inputs, f = 16 / b,
 word j holds the inputs j, field + j, 2 field + j and so on, so that a run of words yields f runs of inputs.
+The words of ROW_BLOCKS[b] outputs stand together, chunk by chunk: a GPU's memory is faster at long runs.
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ from dataclasses import dataclass
 
 import torch
 
+# By bits. Rows of 8 bits are read by the thousand at once, when it is one that they are multiplied by.
+ROW_BLOCKS = {4: 16, 8: 1}
+
 
 @dataclass(frozen=True, slots=True)
 class PackedMatrix:
     """A weight [N, K] of N outputs and K inputs, of which `group_size` neighbours share a scale.
 
-    values  [N, ceil(K / f field) * field] int16 words, or [N, K] float8_e4m3fn
-    scales  [N, K / group_size], floating point
-    zeros   [N, K / group_size] int8, or None if all are zero
+    values  [ceil(N / R), ceil(K / f field), R, field] int16 words, R = ROW_BLOCKS[b], or [N, K] float8_e4m3fn
+    scales  [K / group_size, N], floating point
+    zeros   [K / group_size, N] int8, or None if all are zero
     bits    of an integer; 0 for e4m3
     field   inputs of a chunk that stand in the same bits of their words, all of one group; 0 for e4m3
     order   [K] int64, which input each column is for; None for as they are
@@ -39,7 +43,12 @@ class PackedMatrix:
     @property
     def out_features(self) -> int:
         """N"""
-        return self.values.shape[0]
+        return self.scales.shape[1]
+
+    @property
+    def groups(self) -> int:
+        """How many runs of inputs have a scale each."""
+        return self.scales.shape[0]
 
     @property
     def fields(self) -> int:
@@ -50,7 +59,7 @@ class PackedMatrix:
     def fields_per_scale(self) -> int:
         """How many fields of a chunk, counted from its first on, share a scale; 1 for e4m3."""
         chunk = self.fields * self.field
-        if not chunk or self.scales.shape[1] == 1 or self.group_size % chunk == 0:
+        if not chunk or self.groups == 1 or self.group_size % chunk == 0:
             return max(1, self.fields)
         return self.group_size // self.field if chunk % self.group_size == 0 else 1
 
@@ -74,6 +83,15 @@ def pack_words(integers: torch.Tensor, bits: int, field: int) -> torch.Tensor:
     return torch.stack(parts, -1).view(torch.int16).flatten(1)
 
 
+def in_blocks(words: torch.Tensor, bits: int, field: int) -> torch.Tensor:
+    """[N, chunks * field] -> [ceil(N / R), chunks, R, field], which need not be contiguous."""
+    rows = ROW_BLOCKS[bits]
+    missing = -len(words) % rows
+    if missing:
+        words = torch.nn.functional.pad(words, (0, 0, 0, missing))
+    return words.view(-1, rows, words.shape[1] // field, field).transpose(1, 2)
+
+
 def unpack_words(words: torch.Tensor, bits: int, field: int, in_features: int) -> torch.Tensor:
     """What `pack_words` has packed."""
     parts = list(words.contiguous().view(torch.uint8).view(len(words), -1, field, 2).unbind(-1))
@@ -86,11 +104,12 @@ def dequantize_torch(matrix: PackedMatrix, dtype: torch.dtype) -> torch.Tensor:
     """[N, K] in `dtype`, in the matrix's own order of inputs, rounded once from float32."""
     values = matrix.values.float()
     if matrix.bits:
-        integers = unpack_words(matrix.values, matrix.bits, matrix.field, matrix.in_features)
+        words = matrix.values.transpose(1, 2).flatten(2).flatten(0, 1)[: matrix.out_features]
+        integers = unpack_words(words, matrix.bits, matrix.field, matrix.in_features)
         values = integers.float() - (1 << (matrix.bits - 1))
 
     def spread(per_group: torch.Tensor) -> torch.Tensor:
-        return per_group.float().repeat_interleave(matrix.group_size, 1)[:, : matrix.in_features]
+        return per_group.float().repeat_interleave(matrix.group_size, 0)[: matrix.in_features].t()
 
     if matrix.zeros is not None:
         values = values - spread(matrix.zeros)

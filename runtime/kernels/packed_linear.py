@@ -45,8 +45,9 @@ class PackedLinear:
 
 def packed_linear(x: torch.Tensor, weights: PackedLinear, with_silu_mul: bool = False) -> torch.Tensor:
     """x [m, in_features], 16 bits wide -> [m, out_features], or silu(gate) * up of its two halves."""
+    from runtime.kernels.gpu.packed_config import tile_config
     from runtime.kernels.gpu.packed_gemv import packed_gemv, suits_gemv
-    from runtime.kernels.gpu.packed_tiles import packed_tiles, shared_workspace, tile_config
+    from runtime.kernels.gpu.packed_tiles import packed_tiles, shared_workspace
 
     matrix = weights.matrix
     if matrix.order is not None:

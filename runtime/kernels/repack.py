@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from runtime.kernels.dequantize import integers_of, spread_scales, zeros_of
-from runtime.kernels.packed import PackedMatrix, field_of, pack_words
+from runtime.kernels.packed import PackedMatrix, field_of, in_blocks, pack_words
 from runtime.kernels.quantization import Quantization
 
 Tensors = Mapping[str, tuple[torch.Tensor, ...]]
@@ -33,11 +33,11 @@ def repack(weights: Tensors, base: str, quantization: Quantization) -> PackedMat
     for words in qweights:
         integers = integers_of(words, quantization)
         packed.append(pack_words(integers if order is None else integers[:, order], bits, field))
-    zeros = torch.cat([zeros_of(words, quantization).t() for words in weights[f"{base}.qzeros"]])
+    zeros = torch.cat([zeros_of(words, quantization) for words in weights[f"{base}.qzeros"]], 1)
     points = (zeros.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
     return PackedMatrix(
-        values=_write_back(torch.cat(packed), qweights),
-        scales=_write_back(torch.cat([part.t() for part in scales]), scales),
+        values=_write_back(in_blocks(torch.cat(packed), bits, field), qweights),
+        scales=_write_back(torch.cat(tuple(scales), 1), scales),
         zeros=_write_back(points, weights[f"{base}.qzeros"]) if points.any() else None,
         in_features=inputs,
         group_size=group_size,
@@ -58,7 +58,7 @@ def _of_bytes(
     inputs = qweights[0].shape[1]
     group_size = inputs if spread[0].shape[1] == 1 else quantization.group_size
     values = qweights[0] if len(qweights) == 1 else _write_back(torch.cat(tuple(qweights)), qweights)
-    return PackedMatrix(values, torch.cat(spread), None, inputs, group_size)
+    return PackedMatrix(values, torch.cat(spread).t().contiguous(), None, inputs, group_size)
 
 
 def _order(groups: Sequence[torch.Tensor] | None, group_size: int) -> tuple[torch.Tensor | None, bool]:

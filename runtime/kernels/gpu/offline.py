@@ -25,20 +25,20 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from runtime.kernels import packed_linear
-from runtime.kernels.gpu import binaries, cache, launch, packed_tiles
+from runtime.kernels.gpu import binaries, cache, launch, packed_words
 from runtime.kernels.gpu.binaries import Binary
 
 
 @contextmanager
-def compiling_for(capability: int, num_processors: int = 1) -> Iterator[None]:
-    """Compile for GPUs of a compute capability, 90 for 9.0, and of so many multiprocessors.
+def compiling_for(capability: int) -> Iterator[None]:
+    """Compile for GPUs of a compute capability, 90 for 9.0; kernels do not depend on how large a GPU is.
 
     Needs a C compiler and Python's headers.
 
     Fill a cache in a process of its own: what it has compiled is taken for launched.
     """
     cache.prepare()
-    properties = SimpleNamespace(multi_processor_count=num_processors)
+    properties = SimpleNamespace(multi_processor_count=1)
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise FileNotFoundError("no C compiler found: Triton needs one to make what launches its kernels")
@@ -54,7 +54,7 @@ def compiling_for(capability: int, num_processors: int = 1) -> Iterator[None]:
         linking.chmod(0o755)
         triton.knobs.nvidia.libcuda_path = folder
         triton.knobs.build.cc = str(linking)
-        for known in (packed_linear._size, packed_tiles._capability):
+        for known in (packed_linear._size, packed_words.capability):
             known.cache_clear()  # the device changes
         with (
             mock.patch.object(torch.cuda, "get_device_capability", return_value=divmod(capability, 10)),

@@ -6,7 +6,7 @@ import torch
 
 from runtime.kernels.gpu.language import tl, triton
 from runtime.kernels.gpu.launch import cdiv, kernel
-from runtime.kernels.gpu.packed_tiles import integers_of, word_shape
+from runtime.kernels.gpu.packed_words import integers_of, row_start, word_shape
 from runtime.kernels.packed import PackedMatrix
 
 _BLOCK_N = 32
@@ -24,7 +24,7 @@ def dequantize(matrix: PackedMatrix, out: torch.Tensor) -> torch.Tensor:
         matrix.out_features,
         K=matrix.in_features,
         GROUP=matrix.group_size,
-        GROUPS=matrix.scales.shape[1],
+        GROUPS=matrix.groups,
         BLOCK_N=_BLOCK_N,
         HAS_ZEROS=matrix.zeros is not None,
         num_warps=4,
@@ -47,6 +47,7 @@ def _dequantize_kernel(
     WORDS: tl.constexpr,
     FIELD: tl.constexpr,
     BITS: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
 ):
@@ -56,13 +57,13 @@ def _dequantize_kernel(
     place = tl.arange(0, FIELD)[None, :]
     there = output < N
     within = (place + chunk * FIELD < WORDS) | (WORDS % FIELD == 0)
-    words = tl.load(
-        values_ptr + output.to(tl.int64) * WORDS + chunk * FIELD + place, there & within, other=0.0
-    )
+    step: tl.constexpr = ROW_BLOCK * FIELD
+    values_ptr += row_start(output, WORDS, FIELD, ROW_BLOCK) + chunk * step + place
+    words = tl.load(values_ptr, there & within, other=0.0)
     for field in tl.static_range(FIELDS):
         start = (chunk * FIELDS + field) * FIELD
         values = integers_of(words, BITS, field, tl.float32) if BITS else words.to(tl.float32)
-        group = output * GROUPS + tl.minimum(start // GROUP, GROUPS - 1)
+        group = tl.minimum(start // GROUP, GROUPS - 1) * N + output
         if HAS_ZEROS:
             values -= tl.load(zeros_ptr + group, there, other=0).to(tl.float32)
         values *= tl.load(scales_ptr + group, there, other=0.0).to(tl.float32)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from runtime.kernels.gpu.activation import silu
 from runtime.kernels.gpu.language import tl, triton
 from runtime.kernels.gpu.launch import cdiv, kernel
-from runtime.kernels.gpu.packed_tiles import rows_of
+from runtime.kernels.gpu.packed_words import row_start, rows_of, word_shape
 from runtime.kernels.packed import PackedMatrix, dequantize_torch
 
 # Neighbouring numbers of 8 bits that a thread takes at once.
@@ -32,9 +32,10 @@ class PackedGemvConfig:
     run: int = 2
 
 
-# 2^23 in float32, with room for an integer in its last bits. It comes as an argument because an instruction
-# that takes some bits of a word and sets others can hold one constant only.
-_MAGIC = 0x4B000000
+# Numbers in float32 with room for integers in some of their bits: 2^23 in its last ones, 1 in its first ones.
+# They come as an argument because an instruction that takes some bits of a word and sets others can hold one
+# constant only.
+_MAGIC = {8: 0x4B000000, 4: 0x3F800000}
 # The fastest on an H100 for Qwen2.5-32B, by the bits of integers, 0 for e4m3, and whether they are gated.
 _CONFIGS = {
     (0, False): PackedGemvConfig(4, 1024, 4),
@@ -80,7 +81,7 @@ def packed_gemv(
     shape = {
         "K": matrix.in_features,
         "GROUP": matrix.group_size,
-        "GROUPS": matrix.scales.shape[1],
+        "GROUPS": matrix.groups,
         "BLOCK_N": config.block_n,
         "HAS_ZEROS": matrix.zeros is not None,
         "HAS_BIAS": bias is not None,
@@ -88,12 +89,22 @@ def packed_gemv(
         "num_warps": config.num_warps,
     }
     if matrix.bits:
-        words = matrix.values.view(torch.int32)
+        words = word_shape(matrix)
         _words_kernel[grid](
-            x, x.view(torch.int32), words, *operands, _MAGIC, WORDS=words.shape[1], FIELD=matrix.field,
-            BITS=matrix.bits, PER_SCALE=matrix.fields_per_scale, BLOCK_W=config.block_bytes // 4,
-            RUN=config.run, **shape,
-        )  # fmt: skip
+            x,
+            x.view(torch.int32),
+            matrix.values.view(torch.int32),
+            *operands,
+            _MAGIC[matrix.bits],
+            WORDS=words["WORDS"] // 2,
+            FIELD=words["FIELD"],
+            BITS=matrix.bits,
+            ROW_BLOCK=words["ROW_BLOCK"],
+            PER_SCALE=matrix.fields_per_scale,
+            BLOCK_W=config.block_bytes // 4,
+            RUN=config.run,
+            **shape,
+        )
     else:
         _bytes_kernel[grid](x, matrix.values, *operands, BLOCK_K=config.block_bytes, **shape)
     return out
@@ -117,6 +128,7 @@ def _words_kernel(
     WORDS: tl.constexpr,
     FIELD: tl.constexpr,
     BITS: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
     PER_SCALE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -127,21 +139,24 @@ def _words_kernel(
 ):
     RUNS: tl.constexpr = BLOCK_W // RUN
     FIELDS: tl.constexpr = 16 // BITS
+    outputs = 2 * N if GATED else N
     row, inside = rows_of(tl.program_id(0), N, BLOCK_N, GATED)
     run = tl.arange(0, RUNS) * RUN
     lane = tl.arange(0, RUN)[None, :]
-    rows_ptr = words_ptr + row[None, :, None].to(tl.int64) * WORDS
+    half: tl.constexpr = FIELD // 2
+    rows_ptr = words_ptr + row_start(row, WORDS, half, ROW_BLOCK)[None, :, None]
     sums = tl.zeros((RUNS, BLOCK_N), tl.float32)
     for start in tl.static_range(0, WORDS, BLOCK_W):
         word = start + run[:, None] + lane
         within = (word < WORDS) | (WORDS % BLOCK_W == 0)
         mask = within[:, None, :] & inside[None, :, None]
-        words = tl.load(rows_ptr + word[:, None, :], mask, other=0, eviction_policy="evict_first")
-        high_words = words >> 16
         # A chunk of FIELDS * FIELD inputs is FIELD / 2 of these words, each of which is two of 16 bits.
-        chunk, place = (start + run) // (FIELD // 2), (start + run) % (FIELD // 2)
+        chunk, place = (start + run) // half, (start + run) % half
+        where = (chunk * (ROW_BLOCK * half) + place)[:, None] + lane
+        words = tl.load(rows_ptr + where[:, None, :], mask, other=0, eviction_policy="evict_first")
         products = tl.zeros((RUNS, BLOCK_N, RUN), tl.float32)
         x_sums = tl.zeros((RUNS, RUN), tl.float32)
+        offsets = tl.zeros((RUNS, RUN), tl.float32)
         for field in tl.static_range(FIELDS):
             first = (chunk * FIELDS + field) * FIELD
             pair = (first // 2 + place)[:, None] + lane
@@ -149,14 +164,24 @@ def _words_kernel(
             even, odd = _halves(pairs, x_ptr.dtype.element_ty)
             if HAS_ZEROS:
                 x_sums += even + odd
-            # The bits are taken where they stand, which makes the values so much too large.
-            products += _value(words, magic, BITS, field) * (even * 0.5 ** (BITS * field))[:, None, :]
-            products += _value(high_words, magic, BITS, field) * (odd * 0.5 ** (BITS * field))[:, None, :]
+            if BITS == 8:
+                # The bits are taken where they stand, which makes the values so much too large.
+                products += _value(words, magic, BITS, field) * (even * 0.5 ** (BITS * field))[:, None, :]
+                high_words = words >> 16
+                products += _value(high_words, magic, BITS, field) * (odd * 0.5 ** (BITS * field))[:, None, :]
+            else:
+                low, high, size = _nibbles(words, magic, field)
+                products += low * (even * size)[:, None, :]
+                products += high * (odd * size)[:, None, :]
+                offsets += (even + odd) * (size + 8.0)
             if (field + 1) % PER_SCALE == 0:
                 part = tl.sum(products, 2)
-                group, some = row[None, :] * GROUPS, inside[None, :]
+                if BITS == 4:
+                    part -= tl.sum(offsets, 1)[:, None]
+                    offsets = tl.zeros((RUNS, RUN), tl.float32)
+                group, some = row[None, :], inside[None, :]
                 if GROUPS > 1:
-                    group += (first // GROUP)[:, None]
+                    group += (first // GROUP)[:, None] * outputs
                     some = some & (first < K)[:, None]
                 if HAS_ZEROS:
                     zeros = tl.load(zeros_ptr + group, some, other=0).to(tl.float32)
@@ -179,6 +204,23 @@ def _value(words, magic, BITS: tl.constexpr, FIELD_INDEX: tl.constexpr):
     mask: tl.constexpr = ((1 << BITS) - 1) << (BITS * FIELD_INDEX)
     offset: tl.constexpr = 8388608 + (1 << (BITS * FIELD_INDEX + BITS - 1))
     return ((words & mask) | magic).to(tl.float32, bitcast=True) - offset
+
+
+@triton.jit
+def _nibbles(words, magic, FIELD_INDEX: tl.constexpr):
+    """1 + n / size in float32, for the integers n of a field in both halves of each word, and that size.
+
+    Two fields are shifted together, to the bits 15 to 22 of a number of which these are the first after the
+    point: one field counts 1 / 256 and the other 1 / 16.
+    """
+    mask: tl.constexpr = 0x780000 if FIELD_INDEX % 2 else 0x78000
+    size: tl.constexpr = 16.0 if FIELD_INDEX % 2 else 256.0
+    if FIELD_INDEX < 2:
+        low, high = words << 15, words >> 1
+    else:
+        low, high = words << 7, words >> 9
+    low, high = (low & mask) | magic, (high & mask) | magic
+    return low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True), size
 
 
 @triton.jit
@@ -209,6 +251,7 @@ def _bytes_kernel(
     GATED: tl.constexpr,
 ):
     tl.static_assert(not HAS_ZEROS)
+    outputs = 2 * N if GATED else N
     row, inside = rows_of(tl.program_id(0), N, BLOCK_N, GATED)
     run = tl.arange(0, BLOCK_K // _BYTES_RUN) * _BYTES_RUN
     lane = tl.arange(0, _BYTES_RUN)[None, :]
@@ -224,7 +267,7 @@ def _bytes_kernel(
         if GROUPS > 1:
             first = start + run
             some = ((first < K) | (K % BLOCK_K == 0))[:, None] & inside[None, :]
-            group = row[None, :] * GROUPS + (first // GROUP)[:, None]
+            group = (first // GROUP)[:, None] * outputs + row[None, :]
             part *= tl.load(scales_ptr + group, some, other=0.0).to(tl.float32)
         sums += part
     y = tl.sum(sums, 0)

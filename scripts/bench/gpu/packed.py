@@ -13,7 +13,7 @@ from harness.table import number
 from gpu.limits import Limits
 from gpu.products import Layer
 from gpu.timing import replay_seconds
-from runtime.kernels.packed import PackedMatrix, pack_words
+from runtime.kernels.packed import PackedMatrix, in_blocks, pack_words
 from runtime.kernels.packed_linear import PackedLinear, packed_linear
 
 ROWS = (1, 2, 8, 16, 64, 128, 256, 512)
@@ -39,12 +39,12 @@ def matrices(kind: str, layer: Layer) -> list[PackedMatrix]:
 def _matrix(bits: int, layer: Layer) -> PackedMatrix:
     shape = layer.outputs, layer.inputs
     groups = 1 if bits == 0 else layer.inputs // _GROUP
-    scales = torch.full((layer.outputs, groups), 1e-3, device="cuda")
+    scales = torch.full((groups, layer.outputs), 1e-3, device="cuda")
     if bits == 0:
         values = torch.randn(shape, device="cuda", dtype=torch.bfloat16).to(torch.float8_e4m3fn)
         return PackedMatrix(values, scales, None, layer.inputs, layer.inputs)
     integers = torch.randint(1 << bits, shape, dtype=torch.uint8, device="cuda")
-    values = pack_words(integers, bits, 64)
+    values = in_blocks(pack_words(integers, bits, 64), bits, 64).contiguous()
     return PackedMatrix(values, scales.half(), None, layer.inputs, _GROUP, bits, 64)
 
 

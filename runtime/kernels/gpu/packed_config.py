@@ -1,0 +1,84 @@
+"""How products of several rows with a quantised weight are cut up into tiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from runtime.kernels.gpu.launch import cdiv
+from runtime.kernels.gpu.packed_words import word_shape
+from runtime.kernels.packed import PackedMatrix
+
+# Room for the partial sums of split products: no more are split than fit.
+WORKSPACE_ELEMENTS = 16 << 20
+WORKSPACE_TILES = 1 << 12
+
+
+@dataclass(frozen=True, slots=True)
+class TileConfig:
+    """How a product is cut up: into tiles of block_m rows by block_n outputs, a program each, but for those
+    after the first `whole`, whose inputs are split over `splits` programs.
+
+    `scales_first` says that weights are scaled before they are multiplied, else their products are.
+    """
+
+    block_m: int
+    block_n: int
+    splits: int
+    num_warps: int
+    num_stages: int
+    scales_first: bool = False
+    whole: int = 0
+
+
+# A share of a product has at least so many inputs: what is won by more shares is lost in adding them up.
+_FEWEST_INPUTS = {0: 1536, 4: 1024, 8: 1536}
+# Beside the pipeline.
+_OTHER_SHARED_BYTES = 1024
+# The fastest on an H100 or an H200 for Qwen2.5-32B from the sizes of products down, each with the rows that
+# it is for and the programs that a multiprocessor is given.
+_BYTE_TILES = (
+    (129, TileConfig(256, 128, 1, 8, 3, True), 1.0),
+    (65, TileConfig(128, 128, 1, 8, 3, True), 1.0),
+    (33, TileConfig(64, 64, 1, 4, 3), 2.0),
+    (17, TileConfig(32, 64, 1, 4, 4), 4.0),
+    (0, TileConfig(16, 64, 1, 4, 4), 4.8),
+)
+_TILES = {
+    0: _BYTE_TILES[1:],
+    4: (
+        (65, TileConfig(128, 128, 1, 8, 3, True), 1.0),
+        (33, TileConfig(64, 128, 1, 8, 4), 1.0),
+        (17, TileConfig(32, 64, 1, 4, 4), 4.0),
+        (9, TileConfig(16, 64, 1, 4, 4), 4.8),
+        (0, TileConfig(8, 32, 1, 2, 3), 12.0),
+    ),
+    8: _BYTE_TILES,
+}
+
+
+def tile_config(matrix: PackedMatrix, num_rows: int, num_sms: int, shared_bytes: int) -> TileConfig:
+    """How a product of so many rows is cut up on a GPU of so many multiprocessors, on which a program may
+    have so many bytes of shared memory."""
+    shape, per_sm = next(
+        (shape, per_sm)
+        for fewest_rows, shape, per_sm in _TILES[matrix.bits]
+        if not fewest_rows or (num_rows >= fewest_rows and tile_bytes(matrix, shape) <= shared_bytes)
+    )
+    tiles = cdiv(num_rows, shape.block_m) * cdiv(matrix.out_features, shape.block_n)
+    programs = int(per_sm * num_sms)
+    # What does not fill the GPU once more is split, so that all of it ends at the same time.
+    whole = tiles // programs * programs
+    rest = tiles - whole
+    if not rest or rest > WORKSPACE_TILES:
+        return shape
+    wanted = min(programs // rest, matrix.in_features // _FEWEST_INPUTS[matrix.bits])
+    room = WORKSPACE_ELEMENTS // (rest * shape.block_m * shape.block_n)
+    return replace(shape, splits=max(1, min(wanted, room)), whole=whole)
+
+
+def tile_bytes(matrix: PackedMatrix, shape: TileConfig) -> int:
+    """The shared memory that a program's pipeline takes: the weight's words are wanted a stage before x."""
+    step = word_shape(matrix)["FIELD"]
+    rows = 2 * shape.block_m * step * max(1, matrix.fields)
+    words = (2 if matrix.bits else 1) * shape.block_n * step
+    return shape.num_stages * rows + (shape.num_stages - 1) * words + _OTHER_SHARED_BYTES
