@@ -19,6 +19,8 @@ class Opening(threading.Thread):
     @torch.inference_mode()
     def run(self) -> None:
         """The thread's work."""
+        if not torch.backends.cuda.is_built():
+            return  # who builds the engine says what is to be done about that
         rows, words, numbers = (
             torch.zeros((4, 4)[:axes], dtype=dtype, device="cuda")
             for axes, dtype in ((1, torch.int32), (2, torch.int32), (2, torch.float32))
