@@ -19,7 +19,7 @@ class Opening(threading.Thread):
     @torch.inference_mode()
     def run(self) -> None:
         """The thread's work."""
-        if not torch.backends.cuda.is_built():
+        if torch.version.cuda is None:
             return  # who builds the engine says what is to be done about that
         rows, words, numbers = (
             torch.zeros((4, 4)[:axes], dtype=dtype, device="cuda")
