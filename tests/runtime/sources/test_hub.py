@@ -17,7 +17,7 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # lazy there
 
-from runtime.weights.sources import FetchProgress, SourceError, fetch, locate
+from runtime.weights.sources import FetchProgress, SourceError, fetch, locate, transfer
 from tests.runtime.sources.hub_server import HubServer
 from tests.runtime.sources.models import NEEDED, contents, model_files, spec
 
@@ -37,6 +37,24 @@ def test_only_what_a_model_needs_is_fetched(hub: HubServer, cache_dir: Path) -> 
     assert contents(directory) == {name: files[name] for name in NEEDED}
     assert directory == cache_dir / "models" / "hub--org--name" / commit
     assert not list(cache_dir.rglob("*.partial"))
+
+
+def test_ranges_get_smaller_towards_the_end(
+    hub: HubServer, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, size in {"RANGE_BYTES": 200_000, "LAST_RANGE_BYTES": 20_000, "BLOCK_BYTES": 10_000}.items():
+        monkeypatch.setattr(transfer, name, size)
+    size = 10_000_001
+    hub.add_repo("org/name", model_files(size))
+    fetch(SPEC, cache_dir)
+    asked = [r.range for r in hub.requests if "/storage/" in r.path and r.range]
+    ranges = sorted([int(text) for text in each.removeprefix("bytes=").split("-")] for each in asked)
+    assert [start for start, _ in ranges] == [0, *(last + 1 for _, last in ranges[:-1])]
+    assert ranges[-1][1] == size - 1
+    sizes = [last + 1 - start for start, last in ranges]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == 200_000
+    assert all(start % 10_000 == 0 for start, _ in ranges)
 
 
 def test_a_long_listing_comes_in_pages(hub: HubServer, cache_dir: Path) -> None:
