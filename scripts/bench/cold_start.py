@@ -83,7 +83,7 @@ def measure_limits(state: str, device: str, files: list[Path], remote: Remote | 
         found[DISK] = page_cache.read(files)
     found[LIMIT] = max(found.values())
     if remote is not None and state == "C0 hub":
-        # Not of the machine, but of what is asked of it: no answer before every file has its SHA-256.
+        # Not of the machine, but of what is asked of it: no answer ends before every file has its SHA-256.
         found[DIGEST] = remote.digest_seconds()
     return found
 

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from runtime.weights.sources.mover import Body
 
 # One ranged read asks for this much, and towards the end for less, so that all connections end together.
-RANGE_BYTES = 64 << 20
-LAST_RANGE_BYTES = 8 << 20
+# Asking takes a millisecond of Python's lock (at S3 nearly two), which is what so many connections lack.
+RANGE_BYTES = 128 << 20
+LAST_RANGE_BYTES = 16 << 20
 # A killed process loses at most one block per connection, or what came in a quarter of a second if that is
 # less. Blocks end at multiples of this, so that what the mover writes at once does not straddle two.
 BLOCK_BYTES = 8 << 20
@@ -61,7 +62,7 @@ class _Ranges:
     def take(self) -> tuple[PartialFile, int, int]:
         """The next range: the file, where it starts and where it ends."""
         _, number, start, end = heapq.heappop(self._due)
-        fair = self._left // (2 * self.connections) // BLOCK_BYTES * BLOCK_BYTES
+        fair = self._left // self.connections // BLOCK_BYTES * BLOCK_BYTES
         stop = min(end, start + max(self._least, min(RANGE_BYTES, fair)))
         if stop < end:
             heapq.heappush(self._due, (turn(number, stop), number, stop, end))
