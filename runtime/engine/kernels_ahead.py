@@ -14,12 +14,14 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import msgspec
 import torch
-import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from runtime.catalogue import find_catalogue, load_catalogue
@@ -72,6 +74,8 @@ class NotAhead(FirstlightError):
 
 def compile_kernels(directory: Path, capability: int, world_size: int = 1) -> int:
     """Fill Triton's cache for so many GPUs of one kind; returns how many kernels were compiled.
+
+    A process can do that for one capability and number of GPUs.
 
     Raises `NotAhead`.
     """
@@ -235,16 +239,20 @@ def main(arguments: list[str]) -> int:
     """Compile a model's kernels for each capability."""
     if arguments[:1] == ["image"]:
         arguments = arguments[1:]
-        triton.knobs.cache.dir = str(binaries.SHIPPED)
-    name, *capabilities = arguments
-    with _configuration_of(name) as (directory, world_size):
-        for capability in map(int, capabilities or ["90"]):
-            try:
-                count = compile_kernels(directory, capability, world_size)
-            except NotAhead as reason:
-                print(f"firstlight: no kernels are compiled ahead. {reason}", file=sys.stderr)
-                return 0
-            print(f"{count} kernels compiled for capability {capability / 10:.1f}", file=sys.stderr)
+        os.environ["TRITON_CACHE_DIR"] = str(binaries.SHIPPED)
+    name, *named = arguments
+    capabilities = [int(each) for each in named or ["90"]]
+    # Triton takes what a process has compiled for one GPU for what another one needs.
+    with (
+        _configuration_of(name) as (directory, world_size),
+        ProcessPoolExecutor(mp_context=get_context("spawn"), max_tasks_per_child=1) as processes,
+    ):
+        counts = processes.map(partial(compile_kernels, directory, world_size=world_size), capabilities)
+        try:
+            for capability, count in zip(capabilities, counts, strict=True):
+                print(f"{count} kernels compiled for capability {capability / 10:.1f}", file=sys.stderr)
+        except NotAhead as reason:
+            print(f"firstlight: no kernels are compiled ahead. {reason}", file=sys.stderr)
     return 0
 
 
