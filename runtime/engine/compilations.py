@@ -3,7 +3,7 @@
 Matchers that are copies of one compilation share what they find out about the grammar, which makes their
 masks cheap, and the lock around it, so that their masks are computed one after the other. A compilation to
 each sequence lets them be computed in any number of threads. One that serves the next sequences, too, need
-not find out again; but what is shared only grows, so that in the end it is replaced.
+not find out again; but what is shared only grows, so that in the end each one is replaced.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Compilations:
         self._all = [_Compilation(first)]
         self._num_coming = 0
         self._num_copies = 0
+        self._wanted = 1
         self._most = _MOST_IF_QUICK if seconds < _QUICK_SECONDS else _MOST
 
     def copy(self) -> Copy:
@@ -48,23 +49,25 @@ class Compilations:
         return Copy(self)
 
     def wants_another(self) -> bool:
-        """Whether it should be compiled once more, which is then expected."""
-        num_compilations = len(self._all) + self._num_coming
-        crowded = self._num_copies >= num_compilations and num_compilations < self._most
+        """Before a copy: whether it should be compiled once more, which is then expected."""
+        # As many as there ever were sequences side by side.
+        self._wanted = min(self._most, max(self._wanted, self._num_copies + 1))
+        crowded = len(self._all) + self._num_coming < self._wanted
         worn = self._num_coming == 0 and any(one.num_copies >= _MOST_COPIES for one in self._all)
         self._num_coming += crowded or worn
         return crowded or worn
 
     def add(self, another: Compilations | str) -> None:
-        """Take in the compilation that was wanted, in the place of one that has served long if there is one.
+        """Take in the compilation that was wanted; if that is one too many, the one that has served longest
+        goes.
 
         A text says why there is none.
         """
         self._num_coming -= 1
         if isinstance(another, str):
             return
-        fresh = [one for one in self._all if one.num_copies < _MOST_COPIES]
-        self._all = [*fresh, *another._all] if len(fresh) < self._most else fresh
+        most_worn_first = sorted(self._all, key=lambda one: -one.num_copies)
+        self._all = [*most_worn_first, *another._all][-self._wanted :]
 
     def take(self) -> _Compilation:
         """The compilation that the fewest sequences follow now."""
