@@ -14,7 +14,7 @@ from runtime.engine.masks import Masks
 from runtime.engine.scheduler import Scheduled, Scheduler
 from runtime.engine.sequence import Sequence
 from runtime.engine.step import Launched, Runner
-from runtime.engine.token_rules import TokenRules
+from runtime.engine.token_rules import TokenRules, mask_words
 from runtime.protocol import EngineStats, SamplingParams, StepOutput, Submit, TokenDelta, TokenLogprobs
 
 
@@ -93,7 +93,7 @@ class Engine:
         grammar = sampling.grammar
         rules = None
         if sampling.allowed_token_ids or sampling.bad_words:
-            rules = TokenRules(sampling, self.vocab_size // 32 + 1)
+            rules = TokenRules(sampling, mask_words(self.vocab_size))
         if grammar is not None:
             return Constraint(self.grammars.matcher(grammar), rules, grammar.field)
         return None if rules is None else Constraint(None, rules, rules.field)

@@ -14,6 +14,7 @@ from runtime.engine.request_table import RequestTable
 from runtime.engine.sequence import Sequence
 from runtime.engine.staging import to_device
 from runtime.engine.step import TokenMasks
+from runtime.engine.token_rules import mask_words
 from runtime.kernels.gpu.sampling.mask import RowMasks
 from runtime.kernels.gpu.sampling.parameters import (
     RECORD_WORDS,
@@ -36,7 +37,7 @@ class DeviceSampler:
         self._sampler = Sampler(self._tables, num_slots, vocab_size)
         self._stages = [_NO_STAGES] * num_slots
         # Made now, while nothing is under way: the copies do not wait for what memory held before.
-        shape = (num_slots, vocab_size // 32 + 1)
+        shape = (num_slots, mask_words(vocab_size))
         self._mask_bits = torch.empty(shape, dtype=torch.int32, device=device)
         self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 

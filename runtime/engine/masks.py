@@ -12,7 +12,7 @@ import torch
 
 from runtime.engine.constraint import Constraint
 from runtime.engine.step import TokenMasks
-from runtime.engine.token_rules import BITS
+from runtime.engine.token_rules import BITS, mask_words
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,7 +30,7 @@ class Masks:
 
     def __init__(self, max_rows: int, vocab_size: int, pinned: bool) -> None:
         """`pinned` memory is what a GPU copies from without waiting."""
-        self._shape = (max_rows, vocab_size // 32 + 1)  # with the bit for the end, see `vocabulary.py`
+        self._shape = (max_rows, mask_words(vocab_size))
         self._end = divmod(vocab_size, 32)
         self._pinned = pinned
         self._bits: torch.Tensor | None = None

@@ -37,5 +37,10 @@ class TokenRules:
                 bits[last // 32] &= ~BITS[last % 32]
 
 
+def mask_words(vocab_size: int) -> int:
+    """The length of a mask, in words: a bit for each token, and one for the end, see `vocabulary.py`."""
+    return vocab_size // 32 + 1
+
+
 # Each bit of a word, as int32.
 BITS = [1 << place if place < 31 else -(1 << 31) for place in range(32)]

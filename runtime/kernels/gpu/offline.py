@@ -24,8 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from runtime.kernels import packed_linear
-from runtime.kernels.gpu import binaries, cache, launch, packed_words
+from runtime.kernels.gpu import binaries, cache, launch
 from runtime.kernels.gpu.binaries import Binary
 
 
@@ -54,8 +53,6 @@ def compiling_for(capability: int) -> Iterator[None]:
         linking.chmod(0o755)
         triton.knobs.nvidia.libcuda_path = folder
         triton.knobs.build.cc = str(linking)
-        for known in (packed_linear._size, packed_words.capability):
-            known.cache_clear()  # the device changes
         with (
             mock.patch.object(torch.cuda, "get_device_capability", return_value=divmod(capability, 10)),
             mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),
