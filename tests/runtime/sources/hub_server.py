@@ -65,15 +65,17 @@ class Request:
 class Fault:
     """What goes wrong with the next `times` requests whose path contains `match`.
 
-    `status` answers with that status and `headers`; `cut_after` closes the connection after so many
-    bytes of the body, `reset_after` resets it; `corrupt` flips a bit of the byte `corrupt_at`;
-    `ignore_range` answers 200 with the whole file; `lie` is what a 206 answer gets wrong, see
-    `lying_range`; `pause` is called after `pause_after` bytes of the body, and the rest goes out when it
-    returns; until `drips_until` is set, what follows those comes byte by byte, so that nobody gives it up.
+    `before` is called before anything of the answer is made up. `status` answers with that status and
+    `headers`; `cut_after` closes the connection after so many bytes of the body, `reset_after` resets it;
+    `corrupt` flips a bit of the byte `corrupt_at`; `ignore_range` answers 200 with the whole file; `lie`
+    is what a 206 answer gets wrong, see `lying_range`; `pause` is called after `pause_after` bytes of the
+    body, and the rest goes out when it returns; until `drips_until` is set, what follows those comes byte
+    by byte, so that nobody gives it up.
     """
 
     match: str
     times: int = 1
+    before: Callable[[], object] | None = None
     status: int | None = None
     headers: dict[str, str] = field(default_factory=dict)
     cut_after: int | None = None
@@ -206,6 +208,8 @@ class _Handler(BaseHTTPRequestHandler):
         )
         self.hub.requests.append(self.record)
         self.fault = self.hub.take_fault(path)
+        if self.fault and self.fault.before:
+            self.fault.before()
         if self.fault and self.fault.status:
             self._send(self.fault.status, b"", self.fault.headers)
         elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/(.+)", path):

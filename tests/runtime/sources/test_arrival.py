@@ -185,11 +185,15 @@ def test_ranks_have_one_version_and_fetch_it_once(
     hub.add_repo("org/name", tiny_model)
     files = {path.name: path.read_bytes() for path in tiny_model.iterdir()}
 
+    told = threading.Event()
+
     def move() -> None:
+        assert told.wait(60)
         hub.add_repo("org/name", files | {"generation_config.json": b'{"top_k": 7}'})
 
-    if moves:  # between the first rank's question and the second's
-        hub.fail("/revision/main", pause=move)
+    if moves:  # between the answer to the first rank and that to the second
+        hub.fail("/revision/main", pause=told.set)
+        hub.fail("/revision/main", before=move)
 
     async def test() -> None:
         async with engine("hf://org/name", cache_dir, world_size=2) as client:
