@@ -185,14 +185,15 @@ def test_ranks_have_one_version_and_fetch_it_once(
     hub.add_repo("org/name", tiny_model)
     files = {path.name: path.read_bytes() for path in tiny_model.iterdir()}
 
-    told = threading.Event()
+    # Both ask before either is answered: what the first one has fetched is there for the second.
+    both = threading.Barrier(2, timeout=60)
 
     def move() -> None:
-        assert told.wait(60)
+        both.wait()
         hub.add_repo("org/name", files | {"generation_config.json": b'{"top_k": 7}'})
 
     if moves:  # between the answer to the first rank and that to the second
-        hub.fail("/revision/main", pause=told.set)
+        hub.fail("/revision/main", pause=both.wait)
         hub.fail("/revision/main", before=move)
 
     async def test() -> None:
