@@ -7,11 +7,13 @@ door for that: a pool of its caching allocator may take its memory from function
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from weakref import WeakSet
 
 import torch
 
@@ -28,6 +30,7 @@ _FREE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, c
 # torch keeps the bare addresses of a pool's allocator and functions, and calls them when the last of what
 # was allocated there is freed: that can be after the pool is gone.
 _called_by_torch: list[object] = []
+_pools: WeakSet[torch.cuda.MemPool] = WeakSet()
 # What must be left of the host's memory beside a copy of the weights.
 _HOST_RESERVE_BYTES = 2 << 30
 
@@ -42,6 +45,7 @@ class Pool:
         allocator = torch._C._cuda_customAllocator(allocate, free)
         _called_by_torch.extend((allocator, *functions))
         self._pool = torch.cuda.MemPool(allocator)
+        _pools.add(self._pool)
 
     @property
     def id(self) -> tuple[int, int]:
@@ -53,6 +57,13 @@ class Pool:
         """What this thread allocates on the device meanwhile lies in the pool."""
         with uncollected(), torch.cuda.use_mem_pool(self._pool):
             yield
+
+
+@atexit.register
+def _keep_pools() -> None:
+    """Pools that are left when Python ends stay for ever: functions that free cannot be called any more."""
+    for pool in _pools:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(pool))
 
 
 def _allocate(
