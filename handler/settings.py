@@ -117,16 +117,26 @@ def _api_keys(values: Mapping[str, Any]) -> tuple[str, ...]:
     if not all(keys):
         raise UsageError("--api-key is empty; leave it out if no key shall be asked for")
     if "api_key_file" in values:
-        file = values["api_key_file"]
-        try:
-            found = Path(file).read_text(encoding="utf-8").split()
-        except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            raise UsageError(f"--api-key-file: cannot read '{file}': {reason}") from None
-        if not found:
-            raise UsageError(f"--api-key-file: '{file}' holds no key")
-        keys += found
+        keys += _keys_in(values["api_key_file"])
     return tuple(keys)
+
+
+def _keys_in(file: str) -> list[str]:
+    """The keys of a file, one a line; what stands after a # at a line's beginning is for people."""
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UsageError(f"--api-key-file: cannot read '{file}': {reason}") from None
+    keys = []
+    for number, key in enumerate(map(str.strip, lines), 1):
+        if len(key.split()) > 1 and not key.startswith("#"):
+            raise UsageError(f"--api-key-file: line {number} of '{file}' holds spaces; write one key a line")
+        if key and not key.startswith("#"):
+            keys.append(key)
+    if not keys:
+        raise UsageError(f"--api-key-file: '{file}' holds no key")
+    return keys
 
 
 def cache_directory(values: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -20,11 +20,10 @@ T = TypeVar("T", bound=Strict)
 async def sleep(request: Request) -> Response:
     """Once nothing runs any more, free the device's memory; answered when that is done.
 
-    `level`, in a JSON body or, as vLLM has it, in the query, is 1 (the weights wait in main memory) or 2
-    (in their files). All models sleep, or the one that is named.
+    `level` is 1 (the weights wait in main memory) or 2 (in their files). All models sleep, or the one that
+    is named.
     """
-    level = request.query_params.get("level")
-    asked = await _read(request, SleepRequest, {} if level is None else {"level": _number(level)})
+    asked = await _read(request, SleepRequest)
     fleet: Fleet = request.app.state.fleet
     chosen = fleet.find(asked.model)
     services = fleet.services if asked.model is None else [chosen]
@@ -34,7 +33,7 @@ async def sleep(request: Request) -> Response:
 
 async def wake(request: Request) -> Response:
     """Have the engine ready for requests; answered when it is."""
-    asked = await _read(request, WakeRequest, {})
+    asked = await _read(request, WakeRequest)
     fleet: Fleet = request.app.state.fleet
     service = fleet.find(asked.model)
     service.activity.restart()
@@ -43,12 +42,14 @@ async def wake(request: Request) -> Response:
     return JSONResponse(lifecycle.health(service.client))
 
 
-async def _read(request: Request, model: type[T], otherwise: dict[str, Any]) -> T:
-    """The body, which may be left out."""
+async def _read(request: Request, model: type[T]) -> T:
+    """What is asked for: in a JSON body, which may be left out, or, as vLLM has it, in the query."""
     fleet: Fleet = request.app.state.fleet
     body = await read_body(request.scope, request.receive, fleet.default.settings.max_request_bytes)
-    return parse(model, await decode_json(body) if body else otherwise)
+    query = {name: _value(name, text) for name, text in request.query_params.items()}
+    asked = await decode_json(body) if body else {}
+    return parse(model, query | asked if isinstance(asked, dict) else asked)
 
 
-def _number(text: str) -> int | str:
-    return int(text) if text.isdecimal() else text
+def _value(name: str, text: str) -> int | str:
+    return int(text) if name == "level" and text.isdecimal() else text

@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from runtime.client import EngineClient
+from runtime.client import EngineClient, EngineUnavailable
 from runtime.errors import FirstlightError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class TextRoom:
         self._loading: asyncio.Task[ModelText] | None = None
 
     async def ready(self) -> ModelText:
-        """The text side; waits for the files. Raises `EngineUnavailable` if they never come."""
+        """The text side; waits for the files. Raises `EngineUnavailable` if they never come or are no use."""
         if self._loading is None or (self._loading.done() and self._failed(self._loading)):
             self._loading = asyncio.create_task(self._load())
         return await asyncio.shield(self._loading)
@@ -57,7 +57,11 @@ class TextRoom:
 
     async def _load(self) -> ModelText:
         directory = await self._client.wait_directory()
-        files = await asyncio.to_thread(self._read, directory)
+        try:
+            files = await asyncio.to_thread(self._read, directory)
+        except FirstlightError as error:
+            self._client.give_up(str(error))
+            raise EngineUnavailable(str(error)) from error
         max_model_len, vocab_size = self.max_model_len, files.vocab_size
         if self._client.info is not None or max_model_len is None or vocab_size is None:
             # Only the engine knows for sure what families spell in their own ways.

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
-from runtime.processes import EngineProcess, start_engine
+from runtime.processes import EngineProcess, reap, start_engine
 from runtime.protocol import (
     Abort,
     Asleep,
@@ -62,9 +62,7 @@ class EngineClient:
         self.stats = EngineStats()
         self.marks: dict[str, float] = {}
         self.failure: str | None = None
-        self.restarts = 0
-        self.sleeps = 0
-        self.wakes = 0
+        self.restarts = self.sleeps = self.wakes = 0
         self.sleep_level: SleepLevel | None = None
         self.wake_seconds: float | None = None
         self._ranks: list[EngineProcess] = []
@@ -78,6 +76,7 @@ class EngineClient:
         self._broken: str | None = None
         self._called = asyncio.Event()
         self._leaving = False
+        self._naps = 0  # each time that the engine said it sleeps, deeper ones of a sleeper included
 
     # ---- life ----------------------------------------------------------------------------------
 
@@ -110,7 +109,7 @@ class EngineClient:
                     break
                 self.spawn()
             first = await self._read_until_end()
-            await self._reap()
+            await reap(self._ranks)
             if self.state in ("draining", "failed"):
                 break
             if self._leaving:
@@ -154,9 +153,9 @@ class EngineClient:
         if self.state == "cold":
             return
         await self.wait_ready()
-        before = self.sleeps
+        before = self._naps
         self._send(Sleep(level))
-        while self.sleeps == before:
+        while self._naps == before:
             if self.info is None:
                 raise EngineUnavailable(self.failure or "The engine ended while it was falling asleep.", 2.0)
             await self._wait_change()
@@ -180,6 +179,12 @@ class EngineClient:
         self._forget_engine()
         self._set_state("cold")
 
+    def give_up(self, why: str) -> None:
+        """End the engine for good: with what its model's files hold, nothing can be answered."""
+        self._fail(why)
+        for process in self._ranks:
+            process.kill()
+
     async def close(self, drain_seconds: float) -> None:
         """Let submitted requests finish for at most `drain_seconds`, then end the engine process."""
         if self.state != "failed":
@@ -193,8 +198,7 @@ class EngineClient:
         for process in ranks:
             if process.poll() is None:
                 process.kill()
-        for process in ranks:
-            await asyncio.to_thread(process.wait)
+        await reap(ranks)
         if self._writer is not None:
             self._writer.close()
 
@@ -251,6 +255,10 @@ class EngineClient:
             self.call()
         await self._changed.wait()
 
+    def _fail(self, why: str) -> None:
+        self.failure = why
+        self._set_state("failed")
+
     def _set_state(self, state: State) -> None:
         self.state = state
         self._notify()
@@ -294,7 +302,8 @@ class EngineClient:
         try:
             while data := await reader.read(_READ_BYTES):
                 for body in frames.feed(data):
-                    self._take(decode_event(body))
+                    if self.state != "failed":  # else nothing that it says counts any more
+                        self._take(decode_event(body))
         except OSError:
             pass  # a killed peer may reset the socket instead of closing it: the same end
         if process.rank == 0:
@@ -320,7 +329,8 @@ class EngineClient:
             case Mark():
                 self._note_mark(event)
             case Asleep():
-                self.sleeps += 1
+                self._naps += 1
+                self.sleeps += self.sleep_level is None
                 self.sleep_level = event.level
                 if self.state == "warm":
                     # What was submitted while this was on its way wakes the engine.
@@ -329,8 +339,7 @@ class EngineClient:
             case Awake():
                 self._note_awake(event.seconds)
             case Fatal():
-                self.failure = self.failure or event.message  # ranks mostly fail alike
-                self._set_state("failed")
+                self._fail(event.message)
             case Broken():
                 self._broken = event.message
 
@@ -358,14 +367,6 @@ class EngineClient:
 
     # ---- death ---------------------------------------------------------------------------------
 
-    async def _reap(self) -> None:
-        for process in self._ranks:
-            try:
-                await asyncio.wait_for(asyncio.to_thread(process.wait), 10)
-            except TimeoutError:
-                process.kill()  # it closed its socket but did not end
-                await asyncio.to_thread(process.wait)
-
     def _note_death(self, first: EngineProcess) -> None:
         asleep = self.state in ("asleep", "waking")
         doing = self.state if asleep else "serving" if self.info else "starting"
@@ -377,8 +378,7 @@ class EngineClient:
         self._end_streams(EngineUnavailable(f"{ended}; it is being restarted.", 2.0))
         self._forget_engine()
         if self._failed_starts >= MAX_FAILED_STARTS:
-            self.failure = f"{ended}, {self._failed_starts} times in a row; its own messages are on stderr."
-            self._set_state("failed")
+            self._fail(f"{ended}, {self._failed_starts} times in a row; its own messages are on stderr.")
         else:
             self.restarts += 1
             self._set_state("cold" if died_asleep else "loading")

@@ -128,6 +128,18 @@ def start_engine(config: EngineConfig, spawned: Spawned | None = None) -> list[E
     return processes
 
 
+async def reap(processes: list[EngineProcess]) -> None:
+    """Wait until these have ended. One that closed its socket, but does not end, is made to."""
+    import asyncio  # not needed to start them, which is what a start does first
+
+    for process in processes:
+        try:
+            await asyncio.wait_for(asyncio.to_thread(process.wait), 10)
+        except TimeoutError:
+            process.kill()
+            await asyncio.to_thread(process.wait)
+
+
 def _devices(number: int, count: int) -> dict[str, str]:
     """The GPUs that a host's rank of this number sees: its own first, then those it shares memory with."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

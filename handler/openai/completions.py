@@ -89,7 +89,7 @@ class CompletionAnswer(BaseAnswer):
         for number, whole in enumerate(prompts):
             prompt = truncated(whole, request.truncate_prompt_tokens, wanted, text.max_model_len)
             shown = self._prompts[number] if len(prompt) == len(whole) else prompt
-            room = answer_room(len(prompt), wanted, text.max_model_len, "max_tokens")
+            room = answer_room(len(prompt), wanted, text.max_model_len)
             sampling = self._sampling(text, room, banned, grammar)
             for turn in range(self._tries):
                 place = number * self._tries + turn

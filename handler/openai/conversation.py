@@ -147,8 +147,8 @@ class Conversation:
         prompt = truncated(prompt, request.truncate_prompt_tokens, asked, text.max_model_len)
         thinking = _thinking(text, tags, prompt)
         grammar = await self._grammar(text, calls, thinking)
-        param = "messages" if asked is None else "max_tokens"
-        room = answer_room(len(prompt), asked, text.max_model_len, param)
+        limit = "max_completion_tokens" if request.max_completion_tokens else "max_tokens"
+        room = answer_room(len(prompt), asked, text.max_model_len, "messages", limit)
         sampling = sampling_params(
             request,
             text,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from handler.openai.errors import ApiError
 from handler.openai.fields import settle
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 
 class Strict(BaseModel):
@@ -85,11 +88,7 @@ def _within(holder: Any, step: str) -> list[Any]:
 
 
 def _as_api_error(error: ValidationError, body: dict[str, Any]) -> ApiError:
-    # Of a union's complaints, the one that went deepest into the body speaks of what was meant; and what
-    # is missing from a thing of the wrong type does not matter.
-    complaint = max(
-        error.errors(include_url=False), key=lambda e: (len(e["loc"]), _TELLING.get(e["type"], 0))
-    )
+    complaint = max(error.errors(include_url=False), key=_closeness)
     path = _path(complaint["loc"], body)
     if complaint["type"] == "missing":
         return _missing([*path, str(complaint["loc"][-1])])
@@ -105,6 +104,18 @@ def _as_api_error(error: ValidationError, body: dict[str, Any]) -> ApiError:
     message = complaint["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     return ApiError(400, f"'{param}' is not valid: {message}.", param=param, code="invalid_value")
+
+
+def _closeness(complaint: ErrorDetails) -> tuple[bool, int, int, int]:
+    """How likely it is that a complaint, of several about a union, speaks of the member that was meant.
+
+    A member of another type was not meant. Among the others the one that got furthest was; and what is
+    missing from a thing of the wrong kind does not matter.
+    """
+    location = complaint["loc"]
+    place = location[-1] if location and isinstance(location[-1], int) else 0
+    other_type = complaint["type"].endswith("_type")
+    return not other_type, len(location), _TELLING.get(complaint["type"], 0), place
 
 
 def _missing(path: list[str]) -> ApiError:

@@ -126,10 +126,17 @@ def check_ids(ids: Iterable[int], vocab_size: int, param: str) -> None:
         raise RequestError(message, param)
 
 
-def answer_room(prompt_tokens: int, asked: int | None, max_model_len: int, param: str) -> int:
+def answer_room(
+    prompt_tokens: int,
+    asked: int | None,
+    max_model_len: int,
+    prompt: str = "prompt",
+    limit: str = "max_tokens",
+) -> int:
     """How many tokens the answer may have: what was asked for, else what the context leaves.
 
-    Raises `ContextLengthError` with the numbers if that does not fit.
+    Raises `ContextLengthError` with the numbers if that does not fit. It blames the field named `prompt`
+    where that alone fills the context, else the one named `limit`.
     """
     left = max_model_len - prompt_tokens
     wanted = 1 if asked is None else asked
@@ -139,7 +146,7 @@ def answer_room(prompt_tokens: int, asked: int | None, max_model_len: int, param
             f"{prompt_tokens + wanted} tokens ({prompt_tokens} in the prompt, {wanted} in the answer). "
             "Shorten the prompt or ask for a shorter answer."
         )
-        raise ContextLengthError(message, param)
+        raise ContextLengthError(message, prompt if left < 1 else limit)
     return left if asked is None else asked
 
 

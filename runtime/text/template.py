@@ -133,8 +133,9 @@ def _compile(name: str, source: str) -> jinja2.Template:
     try:
         return ChatTemplateEnvironment().from_string(source)
     except TemplateSyntaxError as error:
+        wrong = (error.message or "").removesuffix(".")
         raise ChatTemplateError(
-            f"chat template {name!r}, line {error.lineno}: {error.message}; pass a corrected template"
+            f"chat template {name!r}, line {error.lineno}: {wrong}; pass a corrected one with --chat-template"
         ) from error
     except RecursionError as error:
         raise ChatTemplateError(f"chat template {name!r} is nested too deeply") from error

@@ -109,7 +109,8 @@ def _read_header(file: Path, gate: Gate) -> list[TensorInfo]:
                 )
             if length > MAX_HEADER_BYTES or 8 + length > size:
                 raise CheckpointError(
-                    f"{file}: the header claims {length} bytes of a file of {size}; it is damaged."
+                    f"{file}: the header claims {length} bytes of a file of {size}; the file is damaged. "
+                    "Delete its folder if that lies in the cache, or bring the file anew."
                 )
             gate.wait(file, 8, 8 + length)
             raw = os.pread(stream.fileno(), length, 8)

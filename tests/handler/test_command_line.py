@@ -136,11 +136,14 @@ class TestOrder:
             read_others(parsed(f"{line} --models smal"), {})
 
     def test_keys_from_a_file(self, catalogue: str, tmp_path: Path) -> None:
-        (tmp_path / "keys").write_text("one\n\ntwo \n")
+        (tmp_path / "keys").write_text("# of the two teams\none\n\ntwo \n")
         line = f"--catalogue {catalogue} --api-key-file {tmp_path}/keys"
         assert settle(line).api_keys == ("one", "two")
         assert settle(f"{line} --api-key three").api_keys == ("three", "one", "two")
-        (tmp_path / "keys").write_text("\n")
+        (tmp_path / "keys").write_text("one\ntwo three\n")
+        with pytest.raises(FirstlightError, match=r"line 2 of .* holds spaces"):
+            settle(line)
+        (tmp_path / "keys").write_text("#\n\n")
         for wrong, said in ((line, "holds no key"), (f"{line}2", "keys2"), ("--api-key ''", "is empty")):
             with pytest.raises(FirstlightError, match=said):
                 settle(f"--catalogue {catalogue} {wrong}")

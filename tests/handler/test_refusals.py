@@ -238,8 +238,34 @@ def test_a_context_that_is_too_long_is_refused_with_the_numbers(server: Server) 
     assert (reply.status, reply.error["code"]) == (400, "context_length_exceeded")
     for figure in ("512", "600", "500", "100"):
         assert figure in reply.error["message"]
-    assert server.chat("x" * 600).error["code"] == "context_length_exceeded"
+    assert reply.error["param"] == "max_tokens"
+    assert server.chat(max_completion_tokens=5000).error["param"] == "max_completion_tokens"
+    for long, param in (
+        (server.complete("x" * 600, max_tokens=1), "prompt"),
+        (server.chat("x" * 600, max_tokens=1), "messages"),
+        (server.chat("x" * 600), "messages"),
+    ):
+        assert (long.error["code"], long.error["param"]) == ("context_length_exceeded", param)
     assert server.engine.submitted == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "said"),
+    [
+        ({"stop": ["x"] * 65}, "stop", "at most 64 items"),
+        ({"prompt": []}, "prompt", "at least 1 item"),
+        ({"prompt": [[]]}, "prompt.0", "at least 1 item"),
+        ({"prompt": ["x"] * 1025}, "prompt", "at most 1024 items"),
+        ({"prompt": ["a", 1]}, "prompt.1", "valid string"),
+        ({"prompt": [1, -1]}, "prompt.1", "greater than or equal to 0"),
+    ],
+)
+def test_of_a_field_of_several_kinds_the_one_that_was_meant_is_spoken_of(
+    server: Server, fields: dict[str, Any], param: str, said: str
+) -> None:
+    error = server.post("/v1/completions", {"prompt": "x", **fields}).error
+    assert error["param"] == param
+    assert said in error["message"]
 
 
 def test_a_template_that_refuses_speaks_for_itself(make_server: Callable[..., Server]) -> None:

@@ -213,7 +213,7 @@ def test_an_engine_that_dies_ends_the_stream(make_server: Make) -> None:
         ({"include": ["computer_call_output.output.image_url"]}, "include.0"),
         ({"text": {"format": {"type": "grammar"}}}, "text.format.type"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
-        ({"reasoning": {"effort": "high"}}, "reasoning_effort"),
+        ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
         ({"reasoning": {"summary": "detailed"}}, "reasoning.summary"),
         ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
         ({"tools": [], "tool_choice": "required"}, "tool_choice"),

@@ -86,11 +86,12 @@ def test_a_request_wakes_and_nothing_else_does(server: Served, expected: str, le
 
 
 def test_wake_is_a_call_of_its_own(server: Served, expected: str) -> None:
-    _, wakes = slept_and_woken(server)
-    assert call(server, "/sleep")[1]["sleep_level"] == 1
+    sleeps, wakes = slept_and_woken(server)
+    for path in ("/sleep", "/sleep?level=2"):
+        assert call(server, path)[1]["sleep_level"] == (2 if "level" in path else 1)
     for _ in range(2):
         assert call(server, "/wake") == (200, {"state": "warm"})
-    assert slept_and_woken(server)[1] == wakes + 1
+    assert slept_and_woken(server) == (sleeps + 1, wakes + 1)
     assert complete(server) == expected
 
 
@@ -101,8 +102,10 @@ def test_wake_is_a_call_of_its_own(server: Served, expected: str) -> None:
         ("/sleep", {"level": "1"}, 400),
         ("/sleep", {"depth": 1}, 400),
         ("/sleep?level=7", None, 400),
+        ("/sleep?depth=1", None, 400),
         ("/sleep", {"model": "nobody"}, 404),
         ("/wake", {"model": "nobody"}, 404),
+        ("/wake?model=nobody", None, 404),
     ],
 )
 def test_what_cannot_be_is_refused(server: Served, path: str, body: Any, status: int) -> None:

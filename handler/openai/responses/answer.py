@@ -19,6 +19,7 @@ from handler.openai.strict import parse
 from handler.openai.structured import format_form
 from handler.openai.tools import NamedFunction, offered
 from handler.service import Service
+from runtime.errors import RequestError
 from runtime.text.sequence import Sequence, TextDelta
 
 # What requests to both APIs call by the same name.
@@ -26,6 +27,12 @@ _SAME = (
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty"),
     *("frequency_penalty", "seed", "stop", "parallel_tool_calls", "chat_template_kwargs"),
 )
+# What a conversation calls otherwise.
+_OWN_NAMES = {
+    "messages": "input",
+    "max_completion_tokens": "max_output_tokens",
+    "reasoning_effort": "reasoning.effort",
+}
 
 
 class Responses:
@@ -86,8 +93,11 @@ class ResponsesAnswer:
         )
 
     async def prepare(self) -> list[Sequence]:
-        """Render and tokenize the input."""
-        text = await self._conversation.prepare()
+        """Render and tokenize the input. Raises `ApiError` or `RequestError` for what cannot be."""
+        try:
+            text = await self._conversation.prepare()
+        except (ApiError, RequestError) as error:
+            raise _in_own_words(error) from None
         self._names = TokenNames(text.tokenizer)
         (self._sequence,) = self._conversation.sequences
         return [self._sequence]
@@ -209,6 +219,14 @@ class ResponsesAnswer:
             "output_tokens_details": {"reasoning_tokens": reply.reasoning_tokens},
             "total_tokens": prompt + sequence.generated,
         }
+
+
+def _in_own_words(error: ApiError | RequestError) -> ApiError | RequestError:
+    """An error about a field of the conversation, by the name that the field has here."""
+    if name := _OWN_NAMES.get(error.param or ""):
+        error.args = (str(error).replace(f"'{error.param}'", f"'{name}'"),)
+        error.param = name
+    return error
 
 
 def _plain(value: Any) -> Any:

@@ -40,7 +40,7 @@ class HubRemote:
 
         self.where = reference.url
         self._repo = reference.location
-        self._endpoint = os.environ.get("HF_ENDPOINT", _DEFAULT_ENDPOINT).rstrip("/")
+        self._endpoint = (os.environ.get("HF_ENDPOINT") or _DEFAULT_ENDPOINT).rstrip("/")
         self._timeout = max(constants.HF_HUB_DOWNLOAD_TIMEOUT, constants.HF_HUB_ETAG_TIMEOUT)
         self._http = Connections(_CONNECTIONS, self._timeout)
         # Where the Hub sent us for a file's bytes: a signed address on another host.
