@@ -219,10 +219,7 @@ def _max_model_len(value: Value) -> int:
 
 
 def _tp_size(value: Value) -> int:
-    size = value.integer("a number of GPUs", 1, _MAX_TP_SIZE)
-    if size & (size - 1):
-        raise value.error(f"{size} is no power of two", "Write 1, 2, 4, 8, …")
-    return size
+    return value.integer("a number of GPUs", 1, _MAX_TP_SIZE)
 
 
 def _dtype(value: Value) -> str:

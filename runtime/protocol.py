@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from runtime.catalogue import ModelSpec
+from runtime.errors import FirstlightError
 
 if TYPE_CHECKING:
     import io
@@ -58,8 +59,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     def of(cls, model: ModelSpec, cache_dir: str, **given: Any) -> EngineConfig:
         """The settings for one model: what is given beats what its catalogue entry says.
 
-        Raises `TypeError` for a setting that does not exist or has a value of the wrong type.
+        Raises `TypeError` for a setting that does not exist or has a value of the wrong type, and
+        `FirstlightError` for an entry with adapters.
         """
+        if model.adapters:
+            names = ", ".join(model.adapters)
+            raise FirstlightError(f"{model.id}: adapters ({names}) are not supported yet; remove them.")
         own = {
             "dtype": model.dtype,
             "quantization": model.quantization,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -134,6 +136,12 @@ class TestOrder:
         assert {(other.engine.max_num_seqs, other.engine.world_size) for other in others} == {(7, 1)}
         with pytest.raises(FirstlightError, match="no model 'smal'"):
             read_others(parsed(f"{line} --models smal"), {})
+
+    def test_adapters_are_refused_until_they_are_served(self, tmp_path: Path) -> None:
+        entry = "models: {m: {source: ./m, adapters: {legal: hf://org/legal}}}"
+        (tmp_path / "models.yaml").write_text(entry)
+        with pytest.raises(FirstlightError, match=r"m: adapters \(legal\) are not supported yet"):
+            settle(f"--catalogue {tmp_path}/models.yaml --model m")
 
     def test_keys_from_a_file(self, catalogue: str, tmp_path: Path) -> None:
         (tmp_path / "keys").write_text("# of the two teams\none\n\ntwo \n")
@@ -327,6 +335,14 @@ class TestModelsAndPull:
         spec = load_catalogue(ROOT / "models.yaml").resolve("Qwen2.5-32B-Instruct-GPTQ-Int4")
         assert fits_memory(spec, 96 * 10**9) == "no: 83 GB of memory, here 77"
         assert fits_memory(spec, 128 * 10**9) == "yes"
+
+    def test_a_reader_that_has_enough_ends_the_command_quietly(self, catalogue: str) -> None:
+        read, write = os.pipe()
+        os.close(read)
+        command = [sys.executable, "-m", "handler", "models", "--catalogue", catalogue]
+        done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
+        os.close(write)
+        assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
     def test_pull_prints_the_folder(
         self, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

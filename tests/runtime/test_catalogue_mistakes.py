@@ -46,7 +46,6 @@ MISTAKES = {
     "zero length": (entry("max_model_len: 0"), 3, f"{ENTRY}.max_model_len", "0 is out of range"),
     "list for a length": (entry("max_model_len: [1]"), 3, f"{ENTRY}.max_model_len", "a list, where"),
     "tp_size 0": (entry("tp_size: 0"), 3, f"{ENTRY}.tp_size", "out of range"),
-    "tp_size 3": (entry("tp_size: 3"), 3, f"{ENTRY}.tp_size", "3 is no power of two"),
     "one stop": (entry("stop_token_ids: 2"), 3, f"{ENTRY}.stop_token_ids", "a list of token ids should be"),
     "stop": (entry("stop_token_ids: [2, a]"), 3, f"{ENTRY}.stop_token_ids[1]", "a token id should be"),
     "template": (entry("chat_template: llama"), 3, f"{ENTRY}.chat_template", "there is no file"),
