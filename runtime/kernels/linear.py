@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,9 @@ import torch.nn.functional as F
 from runtime.kernels import native
 from runtime.kernels.activation import silu_mul
 from runtime.kernels.packed_linear import PackedLinear, packed_linear
+
+if TYPE_CHECKING:
+    from runtime.kernels.gpu.inboxes import Inboxes
 
 # As `cpu/weights.h` numbers them.
 NATIVE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -98,6 +103,31 @@ def linear(x: torch.Tensor, weights: LinearWeights | PackedLinear) -> torch.Tens
         weights.parts_address,
     )
     return y
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """What `linear` returns, before it is computed: who needs it may want it elsewhere, or only some rows."""
+
+    x: torch.Tensor
+    weights: LinearWeights | PackedLinear
+
+    def __getitem__(self, rows: torch.Tensor) -> Product:
+        return Product(self.x[rows], self.weights)
+
+    def compute(self) -> torch.Tensor:
+        """[m, out_features]"""
+        return linear(self.x, self.weights)
+
+    def send(self, inboxes: Inboxes) -> bool:
+        """Have all ranks get it as soon as it is computed; whether that is possible. See `all_reduce.py`."""
+        weights = self.weights
+        if isinstance(weights, PackedLinear) or not 0 < self.x.shape[0] <= weights.max_gemv_rows:
+            return False
+        from runtime.kernels.gpu.gemv import gemv
+
+        gemv(self.x, weights.weights[0], self.x, weights.biases[0], inboxes=inboxes)
+        return True
 
 
 def _matmul(x: torch.Tensor, transposed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

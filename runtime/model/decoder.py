@@ -9,6 +9,7 @@ import torch
 
 from runtime.kernels.attention import AttentionForm
 from runtime.kernels.batch import PackedBatch
+from runtime.kernels.linear import Product
 from runtime.model.config import ModelConfig, RopeConfig
 from runtime.model.layers import (
     MLP,
@@ -70,17 +71,17 @@ class DecoderLayer:
 
     def attend(
         self,
-        x: torch.Tensor | None,
+        x: torch.Tensor | Product | None,
         residual: torch.Tensor,
         batch: PackedBatch,
         query_scale: torch.Tensor | None,
         cache: LayerCache,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | Product:
         """The first half: residual += x, then the attention's contribution, [T, hidden_size]."""
         normed = self.attention_norm(x, residual)
         return self.attention_output_norm(self.attention(normed, batch, query_scale, cache))
 
-    def transform(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    def transform(self, x: torch.Tensor | Product, residual: torch.Tensor) -> torch.Tensor | Product:
         """The second half: residual += x, then the MLP's contribution, [T, hidden_size]."""
         return self.mlp_output_norm(self.mlp(self.mlp_norm(x, residual)))
 
@@ -138,7 +139,7 @@ class Decoder:
         """The logits after `batch.logits_rows`, [R, vocab_size] float32."""
         residual = self.embedding(batch.token_ids)
         query_scale = self.query_scale(batch)
-        x: torch.Tensor | None = None
+        x: torch.Tensor | Product | None = None
         *layers, last = zip(self.layers, cache, strict=True)
         for layer, layer_cache in layers:
             x = layer.attend(x, residual, batch, query_scale, layer_cache)
@@ -151,7 +152,7 @@ class Decoder:
             x, residual = x[rows], residual[rows] if self.group is None else self.group.whole(residual, rows)
         return self.finish(x, residual)
 
-    def finish(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    def finish(self, x: torch.Tensor | Product, residual: torch.Tensor) -> torch.Tensor:
         """What comes after the last layer's attention, whose contribution is x; both [R, hidden_size]."""
         if not residual.shape[0]:
             return residual.new_empty((0, self.config.vocab_size), dtype=torch.float32)

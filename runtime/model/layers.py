@@ -13,7 +13,7 @@ from runtime.kernels.activation import gelu_tanh_mul
 from runtime.kernels.attention import AttentionForm, attention
 from runtime.kernels.batch import PackedBatch
 from runtime.kernels.embedding import embedding
-from runtime.kernels.linear import LinearWeights, linear, logits_of, silu_linear
+from runtime.kernels.linear import LinearWeights, Product, linear, logits_of, silu_linear
 from runtime.kernels.norm import add_rms_norm, head_rms_norm
 from runtime.kernels.packed import PackedMatrix
 from runtime.kernels.packed_linear import PackedLinear
@@ -113,9 +113,10 @@ class RMSNorm:
         self.group = group
         self.upcoming = None if before is None else before.read_first
 
-    def __call__(self, x: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor | Product | None, residual: torch.Tensor) -> torch.Tensor:
         """residual += x in place; returns the normed residual. All [T, hidden_size]."""
-        if x is not None and self.group is not None:
+        if isinstance(x, Product):
+            assert self.group is not None
             return self.group.add_rms_norm(x, residual, self.weight, self.eps, self.upcoming)
         return add_rms_norm(x, residual, self.weight, self.eps)
 
@@ -123,18 +124,19 @@ class RMSNorm:
 class OutputNorm:
     """RMSNorm of what attention or MLP adds to the residual, for checkpoints that have one there.
 
-    Where there is none, x stays what it is: in a group, a rank's part of a sum.
+    Where there is none, x stays what it is: in a group, a rank's part of a sum, not computed yet.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights, name: str, group: Group | None) -> None:
         self.norm = RMSNorm(config, weights, name) if name in weights else None
         self.group = group
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Product) -> torch.Tensor | Product:
         """[T, hidden_size] -> [T, hidden_size]"""
         if self.norm is None:
-            return x
-        return self.norm(None, x if self.group is None else self.group.all_reduce(x))
+            return x.compute() if self.group is None else x
+        computed = x.compute()
+        return self.norm(None, computed if self.group is None else self.group.all_reduce(computed))
 
 
 def norm_weight(config: ModelConfig, weights: Weights, name: str) -> torch.Tensor:
@@ -177,7 +179,7 @@ class Attention:
         query_scale: torch.Tensor | None,
         cache: LayerCache,
         between: Callable[[], None] | None = None,
-    ) -> torch.Tensor:
+    ) -> Product:
         """[T, hidden_size] -> [T, hidden_size], in a group this rank's part of the sum.
 
         The new keys and values go into the cache. `between` is called after the first product.
@@ -192,7 +194,7 @@ class Attention:
             self.form.num_heads, self.interleaved,
         )  # fmt: skip
         attended = attention(qkv, cache.keys, cache.values, batch, self.form, query_scale)
-        return linear(attended, self.output)
+        return Product(attended, self.output)
 
 
 class MLP:
@@ -203,7 +205,7 @@ class MLP:
         self.down = linear_weights(weights, f"{prefix}down", adds_bias)
         self.activation = activation
 
-    def __call__(self, x: torch.Tensor, between: Callable[[], None] | None = None) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, between: Callable[[], None] | None = None) -> Product:
         """[T, hidden_size] -> [T, hidden_size], in a group this rank's part of the sum.
 
         `between` is called after the first product.
@@ -214,7 +216,7 @@ class MLP:
             gated = gelu_tanh_mul(linear(x, self.gate_up))
         if between is not None:
             between()
-        return linear(gated, self.down)
+        return Product(gated, self.down)
 
 
 class Head:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from runtime.kernels.batch import PackedBatch
+from runtime.kernels.linear import Product
 from runtime.model.layers import MLP, Attention, LayerCache, RMSNorm
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class Halves:
         residuals = [self._decoder.embedding(batch.token_ids) for batch in batches]
         scales = [self._decoder.query_scale(batch) for batch in batches]
         phases = _phases(self._decoder, cache)
-        parts = list(residuals)
+        parts: list[Product] = []
         for index, (norm, work, layer_cache) in enumerate(phases):
             for half, other in ((0, 1), (1, 0)):
                 x = sums[half].received() if index else norm(None, residuals[half])
@@ -49,17 +50,19 @@ class Halves:
                     next_norm = phases[index + half][0]
                     between = partial(sums[other].settle, residuals[other], next_norm.weight, next_norm.eps)
                 if isinstance(work, Attention):
-                    parts[half] = work(x, batches[half], scales[half], layer_cache, between)
+                    part = work(x, batches[half], scales[half], layer_cache, between)
                 else:
-                    parts[half] = work(x, between)
+                    part = work(x, between)
                 if index < len(phases) - 1:
-                    sums[half].send(parts[half])
+                    sums[half].send(part.compute())
+                else:
+                    parts.append(part)
         wanted = [_rows(batch) for batch in batches]
-        x = torch.cat([part[rows] for part, rows in zip(parts, wanted, strict=True)])
+        x = torch.cat([part.x[rows] for part, rows in zip(parts, wanted, strict=True)])
         own = [
             each.own_of(residual, rows) for each, residual, rows in zip(sums, residuals, wanted, strict=True)
         ]
-        return self._decoder.finish(x, group.all_reduce(torch.cat(own)))
+        return self._decoder.finish(Product(x, parts[0].weights), group.all_reduce(torch.cat(own)))
 
 
 def _phases(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._C import _distributed_c10d as c10d
 
+from runtime.kernels.linear import Product
 from runtime.kernels.norm import add_rms_norm
 from runtime.parallel.ranks import Ranks
 
@@ -46,7 +47,7 @@ class Group:
 
     def add_rms_norm(
         self,
-        x: torch.Tensor,
+        x: torch.Tensor | Product,
         residual: torch.Tensor,
         weight: torch.Tensor,
         eps: float,
@@ -56,7 +57,8 @@ class Group:
 
         `upcoming` are weights that are read next; they may be fetched while the sum is under way.
         """
-        return add_rms_norm(self.all_reduce(x), residual, weight, eps)
+        part = x.compute() if isinstance(x, Product) else x
+        return add_rms_norm(self.all_reduce(part), residual, weight, eps)
 
     def whole(self, residual: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Some rows of the residual stream, the same everywhere, after `add_rms_norm`; rows [R]."""

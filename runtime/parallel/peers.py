@@ -26,6 +26,7 @@ from runtime.kernels.gpu.inboxes import (
     two_shot_elements,
 )
 from runtime.kernels.gpu.prefetch import can_prefetch
+from runtime.kernels.linear import Product
 from runtime.parallel.group import Group
 from runtime.parallel.halves import Copies, Half, HalfMemory
 from runtime.parallel.ranks import Ranks
@@ -151,25 +152,28 @@ class PeerGroup(Group):
 
     def add_rms_norm(
         self,
-        x: torch.Tensor,
+        x: torch.Tensor | Product,
         residual: torch.Tensor,
         weight: torch.Tensor,
         eps: float,
         upcoming: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `Group.add_rms_norm`. Of many rows, this rank's residual holds only some; see `whole`."""
-        rows = x.shape[0]
+        rows = residual.shape[0]
         if self.few is None or self.many is None or not rows:
             return super().add_rms_norm(x, residual, weight, eps)
-        out = torch.empty_like(x)
+        sent = isinstance(x, Product) and x.send(self.few)
+        part = None if sent else x.compute() if isinstance(x, Product) else x
+        out = torch.empty_like(residual)
         if rows not in _PREFETCH_ROWS or not self._prefetches:
             upcoming = None
         if rows <= ONE_SHOT_ROWS:
-            return one_shot(x, self.few, out, (residual, weight, eps), upcoming)
+            return one_shot(part, self.few, out, (residual, weight, eps), upcoming)
+        assert part is not None
         step = self.many.max_rows
         for start in range(0, rows, step):
-            part = slice(start, start + step)
-            two_shot(x[part], self.many, out[part], (residual[part], weight, eps), upcoming)
+            some = slice(start, start + step)
+            two_shot(part[some], self.many, out[some], (residual[some], weight, eps), upcoming)
         return out
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:

@@ -30,7 +30,7 @@ _SLOTS = tl.constexpr(SLOTS)
 
 
 def one_shot(
-    x: torch.Tensor,
+    x: torch.Tensor | None,
     inboxes: Inboxes,
     out: torch.Tensor,
     norm: Norm | None = None,
@@ -38,14 +38,15 @@ def one_shot(
 ) -> torch.Tensor:
     """The sum of all ranks' x to out or, with `norm`, what follows from it: every rank reads all of it.
 
-    x, out    [m, hidden_size], m <= max_rows
+    x, out    [m, hidden_size], m <= max_rows; None for an x that `gemv` has sent
     norm      residual [m, hidden_size], weight [hidden_size], eps: residual += sum;
               out = residual / rms(residual) * weight
     upcoming  weights that the product after this begins to read, if they are to be fetched meanwhile
 
     Every rank adds in the same order, in float32, so that all get the same bits. Returns out.
     """
-    return _add_up(_one_shot_kernel, x, inboxes, out, norm, upcoming)
+    sent = out if x is None else x
+    return _add_up(_one_shot_kernel, sent, inboxes, out, norm, upcoming, SENT=x is None)
 
 
 def two_shot(
@@ -69,6 +70,7 @@ def _add_up(
     out: torch.Tensor,
     norm: Norm | None,
     upcoming: torch.Tensor | None,
+    **constants: bool,
 ) -> torch.Tensor:
     """Launch one of the two kernels, one program a row and some for what is upcoming; returns out."""
     m, hidden_size = x.shape
@@ -96,6 +98,7 @@ def _add_up(
         NORM=norm is not None,
         PREFETCH=CHUNK_BYTES if extra else 0,
         num_warps=num_warps,
+        **constants,
     )
     return out
 
@@ -145,6 +148,18 @@ def _all_inboxes(addresses_ptr, peer, WORLD_SIZE: tl.constexpr, dtype: tl.conste
 def _sendable(x):
     """x without the mark: negative zeros become positive ones."""
     return tl.where(x == 0.0, 0.0, x).to(x.dtype)
+
+
+@triton.jit
+def send(
+    values, row, column, mask, addresses_ptr, turns_ptr, rank, max_rows,
+    hidden_size, WORLD_SIZE: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """Write a part of this rank's rows to all inboxes, where `one_shot` waits for it."""
+    turn = tl.load(turns_ptr + row)
+    place = (turn * WORLD_SIZE + rank) * max_rows.to(tl.int64) * hidden_size + row * hidden_size + column
+    for peer in tl.static_range(WORLD_SIZE):
+        tl.store(_inbox(addresses_ptr, peer, dtype) + place, _sendable(values.to(dtype)), mask)
 
 
 @triton.jit
@@ -205,6 +220,7 @@ def _one_shot_kernel(
     BLOCK: tl.constexpr,
     NORM: tl.constexpr,
     PREFETCH: tl.constexpr,
+    SENT: tl.constexpr,
 ):
     row = tl.program_id(0)
     if PREFETCH:
@@ -219,15 +235,16 @@ def _one_shot_kernel(
     dtype = x_ptr.dtype.element_ty
     # Everything is loaded before anything is waited for.
     turn = tl.load(turns_ptr + row)
-    inboxes = _all_inboxes(addresses_ptr, peer, WORLD_SIZE, dtype)
     inbox = _inbox(addresses_ptr, rank, dtype)
-    x = tl.load(x_ptr + here, mask, other=0.0)
     residual = tl.load(residual_ptr + here, mask, other=0.0)
     weight = tl.load(weight_ptr + column, mask, other=0.0)
     # A slot holds all rows of each rank.
     part = max_rows.to(tl.int64) * HIDDEN_SIZE
-    to_send = tl.broadcast_to(_sendable(x)[None, :], (PADDED_SIZE, BLOCK))
-    tl.store(inboxes + ((turn * WORLD_SIZE + rank) * part + here)[None, :], to_send, all_mask)
+    if not SENT:
+        inboxes = _all_inboxes(addresses_ptr, peer, WORLD_SIZE, dtype)
+        x = tl.load(x_ptr + here, mask, other=0.0)
+        to_send = tl.broadcast_to(_sendable(x)[None, :], (PADDED_SIZE, BLOCK))
+        tl.store(inboxes + ((turn * WORLD_SIZE + rank) * part + here)[None, :], to_send, all_mask)
     sent = inbox + peer * part + here[None, :]
     total = _sum_of_sent(sent + turn * WORLD_SIZE * part, all_mask)
     if NORM:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from runtime.kernels.gpu.activation import silu
+from runtime.kernels.gpu.all_reduce import send
+from runtime.kernels.gpu.inboxes import Inboxes
 from runtime.kernels.gpu.language import tl, triton
 from runtime.kernels.gpu.launch import cdiv, kernel
 
@@ -67,6 +69,7 @@ def gemv(
     residual: torch.Tensor | None = None,
     silu_mul: bool = False,
     config: GemvConfig | None = None,
+    inboxes: Inboxes | None = None,
 ) -> torch.Tensor:
     """out = x W^T + bias + residual, or with `silu_mul` silu(gate) * up of its two halves + residual.
 
@@ -76,6 +79,7 @@ def gemv(
     bias      [out_features]
     residual  [m, n], where n is out_features, or half of it with silu_mul; may be `out` itself
     out       [m, n] of any floating type
+    inboxes   with them, what would go to `out` goes to all ranks, rounded to x's dtype; see `one_shot`
 
     All are contiguous. Sums are float32, rounded once at the end. Returns out.
     """
@@ -93,6 +97,12 @@ def gemv(
         out,
         outputs,
     )
+    # Where it goes with other ranks: there, and where their rows are in taking turns.
+    there = (
+        (x, x, 0, 0)
+        if inboxes is None
+        else (inboxes.addresses, inboxes.turns, inboxes.rank, inboxes.max_rows)
+    )
     shape = {
         "K": in_features,
         "BLOCK_N": config.block_n,
@@ -100,19 +110,20 @@ def gemv(
         "HAS_BIAS": bias is not None,
         "HAS_RESIDUAL": residual is not None,
         "GATED": silu_mul,
+        "WORLD_SIZE": 1 if inboxes is None else inboxes.world_size,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
     grid = (cdiv(outputs, config.block_n),)
     if num_rows == 1:
-        _one_row_kernel[grid](*operands, **shape)
+        _one_row_kernel[grid](*operands, *there, **shape)
     else:
-        _few_rows_kernel[grid](*operands, num_rows, **shape)
+        _few_rows_kernel[grid](*operands, *there, num_rows, **shape)
     return out
 
 
 @kernel
-@triton.jit
+@triton.jit(do_not_specialize=["rank", "max_rows"])
 def _one_row_kernel(
     x_ptr,
     weight_ptr,
@@ -120,12 +131,17 @@ def _one_row_kernel(
     residual_ptr,
     out_ptr,
     N,
+    addresses_ptr,
+    turns_ptr,
+    rank,
+    max_rows,
     K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     GATED: tl.constexpr,
+    WORLD_SIZE: tl.constexpr,
 ):
     output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column = tl.arange(0, BLOCK_K)
@@ -154,11 +170,15 @@ def _one_row_kernel(
         y = silu(y) * up_y
     if HAS_RESIDUAL:
         y += tl.load(residual_ptr + output, inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + output, y, inside)
+    if WORLD_SIZE > 1:
+        dtype: tl.constexpr = x_ptr.dtype.element_ty
+        send(y, 0, output, inside, addresses_ptr, turns_ptr, rank, max_rows, N, WORLD_SIZE, dtype)
+    else:
+        tl.store(out_ptr + output, y, inside)
 
 
 @kernel
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["rank", "max_rows", "num_rows"])
 def _few_rows_kernel(
     x_ptr,
     weight_ptr,
@@ -166,6 +186,10 @@ def _few_rows_kernel(
     residual_ptr,
     out_ptr,
     N,
+    addresses_ptr,
+    turns_ptr,
+    rank,
+    max_rows,
     num_rows,
     K: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -173,6 +197,7 @@ def _few_rows_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     GATED: tl.constexpr,
+    WORLD_SIZE: tl.constexpr,
 ):
     output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column = tl.arange(0, BLOCK_K)
@@ -202,7 +227,13 @@ def _few_rows_kernel(
     mask = inside[:, None] & (row < num_rows)[None, :]
     if HAS_RESIDUAL:
         sums += tl.load(residual_ptr + cell, mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + cell, sums, mask)
+    if WORLD_SIZE > 1:
+        there = tl.minimum(row, num_rows - 1)[None, :]
+        column = output[:, None]
+        dtype: tl.constexpr = x_ptr.dtype.element_ty
+        send(sums, there, column, mask, addresses_ptr, turns_ptr, rank, max_rows, N, WORLD_SIZE, dtype)
+    else:
+        tl.store(out_ptr + cell, sums, mask)
 
 
 def gemv_torch(

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from runtime.kernels.gpu.all_reduce import all_reduce_torch, gather, one_shot, two_shot
+from runtime.kernels.gpu.gemv import gemv
 from runtime.kernels.gpu.inboxes import (
     Inboxes,
     fill_with_marks,
@@ -69,6 +70,39 @@ def test_every_rank_has_the_sum_of_all(
             holders = [row % world_size] if way is two_shot else range(world_size)
             for rank in holders:
                 torch.testing.assert_close(residuals[rank, row], expected_residual[row], atol=4e-3, rtol=4e-3)
+
+
+def test_products_are_sent_while_they_are_computed() -> None:
+    """Between sums whose parts were computed before: whoever sends, rows take the same turns."""
+    world_size, width = 2, 24
+    boxes = torch.empty((world_size, one_shot_elements(world_size, 16, HIDDEN)), dtype=DTYPE).share_memory_()
+    fill_with_marks(boxes)
+    x = torch.randn((len(CALLS), world_size, 8, width)).to(DTYPE)
+    x[:, :, ::3] = 0.0
+    weights = torch.randn((world_size, HIDDEN, width)).to(DTYPE)
+    bias = torch.randn(HIDDEN).to(DTYPE)
+    outs = torch.zeros((world_size, len(CALLS), 8, HIDDEN), dtype=DTYPE).share_memory_()
+
+    def part(call: int, rank: int, out: torch.Tensor, inboxes: Inboxes | None = None) -> torch.Tensor:
+        own = x[call, rank, : CALLS[call]].contiguous()
+        return gemv(own, weights[rank], out, bias if rank else None, inboxes=inboxes)
+
+    def work(rank: int) -> None:
+        addresses = torch.tensor([box.data_ptr() for box in boxes])
+        inboxes = Inboxes(addresses, torch.zeros(16, dtype=torch.int32), rank, 16, HIDDEN)
+        for call, rows in enumerate(CALLS):
+            out = outs[rank, call, :rows]
+            if call % 3 == 2:
+                one_shot(part(call, rank, torch.empty_like(out)), inboxes, out)
+            else:
+                part(call, rank, torch.full_like(out, torch.nan), inboxes)
+                one_shot(None, inboxes, out)
+
+    in_processes(world_size, work)
+    for call, rows in enumerate(CALLS):
+        made = [part(call, rank, torch.empty((rows, HIDDEN), dtype=DTYPE)) for rank in range(world_size)]
+        for rank in range(world_size):
+            torch.testing.assert_close(outs[rank, call, :rows], all_reduce_torch(made))
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
