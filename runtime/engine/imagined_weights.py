@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from runtime.kernels.packed import ROW_BLOCKS, PackedMatrix, field_of
+from runtime.kernels.packed import ROW_BLOCKS, PackedMatrix, field_of, in_order
 from runtime.kernels.quantization import Quantization
 from runtime.model.layers import Weights
 from runtime.weights.plan import Plan, PlannedParameter
@@ -63,9 +63,12 @@ def _packed(
     groups = -(-inputs // group_size)
     if quantization.method == "fp8":
         return PackedMatrix(
-            _empty((outputs, inputs), torch.float8_e4m3fn), _empty((groups, outputs), torch.float32), None,
-            inputs, group_size,
-        )  # fmt: skip
+            _empty((outputs, inputs), torch.float8_e4m3fn),
+            in_order(_empty((groups, outputs), torch.float32), 0),
+            None,
+            inputs,
+            group_size,
+        )
     field = field_of(group_size, inputs)
     if field is None or inputs % 2:
         return outputs, inputs
@@ -73,8 +76,8 @@ def _packed(
     rows = ROW_BLOCKS[quantization.bits]
     return PackedMatrix(
         values=_empty((-(-outputs // rows), -(-inputs // chunk), rows, field), torch.int16),
-        scales=_empty((groups, outputs), _DTYPES[scales.pieces[0].tensor.dtype]),
-        zeros=_empty((groups, outputs), torch.int8) if has_zeros else None,
+        scales=in_order(_empty((groups, outputs), _DTYPES[scales.pieces[0].tensor.dtype]), quantization.bits),
+        zeros=in_order(_empty((groups, outputs), torch.int8), quantization.bits) if has_zeros else None,
         in_features=inputs,
         group_size=group_size,
         bits=quantization.bits,

@@ -5,6 +5,8 @@ Integers q of b bits, 4 or 8, have the value q - 2^(b - 1), so that symmetric we
 They are packed into words of 16 bits, lowest bits first: of each `f * field` neighbouring inputs, f = 16 / b,
 word j holds the inputs j, field + j, 2 field + j and so on, so that a run of words yields f runs of inputs.
 The words of ROW_BLOCKS[b] outputs stand together, chunk by chunk: a GPU's memory is faster at long runs.
+Scales and zeros stand as they are read beside the values: for 4 bits those of a group of inputs together,
+else those of an output.
 """
 
 from __future__ import annotations
@@ -22,13 +24,13 @@ class PackedMatrix:
     """A weight [N, K] of N outputs and K inputs, of which `group_size` neighbours share a scale.
 
     values  [ceil(N / R), ceil(K / f field), R, field] int16 words, R = ROW_BLOCKS[b], or [N, K] float8_e4m3fn
-    scales  [K / group_size, N], floating point
-    zeros   [K / group_size, N] int8, or None if all are zero
+    scales  [K / group_size, N], floating point, as `in_order` has them
+    zeros   [K / group_size, N] int8, likewise, or None if all are zero
     bits    of an integer; 0 for e4m3
     field   inputs of a chunk that stand in the same bits of their words, all of one group; 0 for e4m3
     order   [K] int64, which input each column is for; None for as they are
 
-    All are contiguous.
+    All others are contiguous.
     """
 
     values: torch.Tensor
@@ -90,6 +92,11 @@ def in_blocks(words: torch.Tensor, bits: int, field: int) -> torch.Tensor:
     if missing:
         words = torch.nn.functional.pad(words, (0, 0, 0, missing))
     return words.view(-1, rows, words.shape[1] // field, field).transpose(1, 2)
+
+
+def in_order(per_group: torch.Tensor, bits: int) -> torch.Tensor:
+    """Scales or zeros [groups, N] in the order in memory that kernels expect of weights of so many bits."""
+    return per_group.contiguous() if bits == 4 else per_group.t().contiguous().t()
 
 
 def unpack_words(words: torch.Tensor, bits: int, field: int, in_features: int) -> torch.Tensor:

@@ -37,8 +37,8 @@ def repack(weights: Tensors, base: str, quantization: Quantization) -> PackedMat
     points = (zeros.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
     return PackedMatrix(
         values=_write_back(in_blocks(torch.cat(packed), bits, field), qweights),
-        scales=_write_back(torch.cat(tuple(scales), 1), scales),
-        zeros=_write_back(points, weights[f"{base}.qzeros"]) if points.any() else None,
+        scales=_per_group(torch.cat(tuple(scales), 1), bits, scales),
+        zeros=_per_group(points, bits, weights[f"{base}.qzeros"]) if points.any() else None,
         in_features=inputs,
         group_size=group_size,
         bits=bits,
@@ -58,7 +58,7 @@ def _of_bytes(
     inputs = qweights[0].shape[1]
     group_size = inputs if spread[0].shape[1] == 1 else quantization.group_size
     values = qweights[0] if len(qweights) == 1 else _write_back(torch.cat(tuple(qweights)), qweights)
-    return PackedMatrix(values, torch.cat(spread).t().contiguous(), None, inputs, group_size)
+    return PackedMatrix(values, torch.cat(spread).t(), None, inputs, group_size)
 
 
 def _order(groups: Sequence[torch.Tensor] | None, group_size: int) -> tuple[torch.Tensor | None, bool]:
@@ -75,6 +75,11 @@ def _order(groups: Sequence[torch.Tensor] | None, group_size: int) -> tuple[torc
     runs = torch.arange(len(first), device=first.device) // group_size if group_size > 0 else first * 0
     fits = torch.equal(first[order].long(), runs.long())
     return (None if torch.equal(first, first[order]) else order), fits
+
+
+def _per_group(turned: torch.Tensor, bits: int, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """`in_order`, in the memory of `parts`."""
+    return _write_back(turned, parts) if bits == 4 else _write_back(turned.t(), parts).t()
 
 
 def _write_back(turned: torch.Tensor, parts: Sequence[torch.Tensor]) -> torch.Tensor:

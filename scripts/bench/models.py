@@ -30,6 +30,7 @@ from harness.process import free_port, rank_devices
 from harness.report import Report, make_parser, progress, run
 from harness.shapes import SHAPES
 from harness.table import number
+from harness.workload import STANDARD
 
 BENCH = Path(__file__).resolve().parent
 # Of the GPU's memory, what weights may take for there to be room for a cache.
@@ -134,8 +135,10 @@ def tasks(options: Any) -> list[Task]:
 
 def warm_up(all_tasks: list[Task], world_size: int) -> None:
     """Compile everybody's kernels: two layers are as many kernels as all."""
+    # The shortest in which each of the workload's requests has room.
+    length = 2 * STANDARD.longest
     small = [
-        Task(task.model, min(task.max_model_len, 1024), 2, task.batches, task.standard, steps=2)
+        Task(task.model, min(task.max_model_len, length), 2, task.batches, task.standard, steps=2)
         for task in all_tasks
     ]
 

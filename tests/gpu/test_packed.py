@@ -45,7 +45,7 @@ FORMATS = {
 CONFIGS = [
     TileConfig(8, 64, 4, 4, 3, whole=5),
     TileConfig(64, 64, 2, 4, 3),
-    TileConfig(128, 64, 1, 4, 2, True),
+    TileConfig(128, 128, 1, 4, 3, True, step=32),
 ]
 CASES = [
     *((layer, format, "float16") for layer in LAYERS for format in ("int8", "int4")),
@@ -80,7 +80,7 @@ def check_layer(layer: str, format: str, dtype_name: str) -> None:
             packed_tiles(rows[:count], matrix, out, config, workspace)
             check(out, expected[:count], ROUNDING[dtype] if config.scales_first else 1e-4)
     gate, up = expected.chunk(2, -1)
-    for count in (1, 2, 16, 33, 300):
+    for count in (1, 2, 16, 33, 70, 140, 300):
         gated = packed_linear(rows[:count], PackedLinear(matrix), with_silu_mul=True)
         right = F.silu(gate[:count]) * up[:count]
         check(gated, right, 4 * ROUNDING[dtype])

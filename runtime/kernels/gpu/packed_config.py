@@ -18,7 +18,9 @@ class TileConfig:
     """How a product is cut up: into tiles of block_m rows by block_n outputs, a program each, but for those
     after the first `whole`, whose inputs are split over `splits` programs.
 
-    `scales_first` says that weights are scaled before they are multiplied, else their products are.
+    `scales_first` says that weights are scaled before they are multiplied, `step` words of each output at a
+    time, else their products are. Then four warps are best given 128 outputs: their values come out of shared
+    memory as the tensor cores take them.
     """
 
     block_m: int
@@ -28,31 +30,36 @@ class TileConfig:
     num_stages: int
     scales_first: bool = False
     whole: int = 0
+    step: int = 64
 
 
 # A share of a product has at least so many inputs: what is won by more shares is lost in adding them up.
 _FEWEST_INPUTS = {0: 1536, 4: 1024, 8: 1536}
 # Beside the pipeline.
 _OTHER_SHARED_BYTES = 1024
-# The fastest on an H100 or an H200 for Qwen2.5-32B from the sizes of products down, each with the rows that
-# it is for and the programs that a multiprocessor is given.
-_BYTE_TILES = (
-    (129, TileConfig(256, 128, 1, 8, 3, True), 1.0),
-    (65, TileConfig(128, 128, 1, 8, 3, True), 1.0),
+# The fastest on an H200 for Qwen2.5-32B from the sizes of products down, each with the rows that it is for
+# and the programs that a multiprocessor is given.
+_FEW_ROWS = (
     (33, TileConfig(64, 64, 1, 4, 3), 2.0),
     (17, TileConfig(32, 64, 1, 4, 4), 4.0),
     (0, TileConfig(16, 64, 1, 4, 4), 4.8),
 )
+_WIDE = TileConfig(128, 256, 1, 8, 4, True, step=32)
 _TILES = {
-    0: _BYTE_TILES[1:],
+    0: ((65, replace(_WIDE, step=64), 1.0), *_FEW_ROWS),
     4: (
-        (65, TileConfig(128, 128, 1, 8, 3, True), 1.0),
+        (65, replace(_WIDE, num_stages=3), 1.0),
         (33, TileConfig(64, 128, 1, 8, 4), 1.0),
         (17, TileConfig(32, 64, 1, 4, 4), 4.0),
         (9, TileConfig(16, 64, 1, 4, 4), 4.8),
         (0, TileConfig(8, 32, 1, 2, 3), 12.0),
     ),
-    8: _BYTE_TILES,
+    8: (
+        (193, _WIDE, 1.0),
+        (129, TileConfig(64, 256, 1, 8, 3, True), 1.0),
+        (65, TileConfig(128, 128, 1, 4, 4, True, step=32), 2.0),
+        *_FEW_ROWS,
+    ),
 }
 
 
@@ -78,7 +85,8 @@ def tile_config(matrix: PackedMatrix, num_rows: int, num_sms: int, shared_bytes:
 
 def tile_bytes(matrix: PackedMatrix, shape: TileConfig) -> int:
     """The shared memory that a program's pipeline takes: the weight's words are wanted a stage before x."""
-    step = word_shape(matrix)["FIELD"]
+    field = word_shape(matrix)["FIELD"]
+    step = min(shape.step, field) if shape.scales_first else field
     rows = 2 * shape.block_m * step * max(1, matrix.fields)
     words = (2 if matrix.bits else 1) * shape.block_n * step
     return shape.num_stages * rows + (shape.num_stages - 1) * words + _OTHER_SHARED_BYTES

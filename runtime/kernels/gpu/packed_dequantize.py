@@ -6,7 +6,7 @@ import torch
 
 from runtime.kernels.gpu.language import tl, triton
 from runtime.kernels.gpu.launch import cdiv, kernel
-from runtime.kernels.gpu.packed_words import integers_of, row_start, word_shape
+from runtime.kernels.gpu.packed_words import integers_of, per_group, row_start, word_shape
 from runtime.kernels.packed import PackedMatrix
 
 _BLOCK_N = 32
@@ -63,7 +63,7 @@ def _dequantize_kernel(
     for field in tl.static_range(FIELDS):
         start = (chunk * FIELDS + field) * FIELD
         values = integers_of(words, BITS, field, tl.float32) if BITS else words.to(tl.float32)
-        group = tl.minimum(start // GROUP, GROUPS - 1) * N + output
+        group = per_group(output, tl.minimum(start // GROUP, GROUPS - 1), N, GROUPS, BITS)
         if HAS_ZEROS:
             values -= tl.load(zeros_ptr + group, there, other=0).to(tl.float32)
         values *= tl.load(scales_ptr + group, there, other=0.0).to(tl.float32)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from runtime.kernels.gpu.activation import silu
 from runtime.kernels.gpu.language import tl, triton
 from runtime.kernels.gpu.launch import cdiv, kernel
-from runtime.kernels.gpu.packed_words import row_start, rows_of, word_shape
+from runtime.kernels.gpu.packed_words import per_group, row_start, rows_of, word_shape
 from runtime.kernels.packed import PackedMatrix, dequantize_torch
 
 # Neighbouring numbers of 8 bits that a thread takes at once.
@@ -181,7 +181,7 @@ def _words_kernel(
                     offsets = tl.zeros((RUNS, RUN), tl.float32)
                 group, some = row[None, :], inside[None, :]
                 if GROUPS > 1:
-                    group += (first // GROUP)[:, None] * outputs
+                    group = per_group(row[None, :], (first // GROUP)[:, None], outputs, GROUPS, BITS)
                     some = some & (first < K)[:, None]
                 if HAS_ZEROS:
                     zeros = tl.load(zeros_ptr + group, some, other=0).to(tl.float32)
@@ -267,7 +267,7 @@ def _bytes_kernel(
         if GROUPS > 1:
             first = start + run
             some = ((first < K) | (K % BLOCK_K == 0))[:, None] & inside[None, :]
-            group = (first // GROUP)[:, None] * outputs + row[None, :]
+            group = per_group(row[None, :], (first // GROUP)[:, None], outputs, GROUPS, 0)
             part *= tl.load(scales_ptr + group, some, other=0.0).to(tl.float32)
         sums += part
     y = tl.sum(sums, 0)

@@ -17,14 +17,8 @@ from runtime.kernels.gpu.activation import silu
 from runtime.kernels.gpu.language import tl, triton
 from runtime.kernels.gpu.launch import cdiv, kernel
 from runtime.kernels.gpu.packed_config import WORKSPACE_ELEMENTS, WORKSPACE_TILES, TileConfig
-from runtime.kernels.gpu.packed_words import (
-    has_instructions,
-    row_start,
-    rows_of,
-    widened,
-    widening,
-    word_shape,
-)
+from runtime.kernels.gpu.packed_sums import scaled_sums, sums_of_scaled
+from runtime.kernels.gpu.packed_words import has_instructions, row_start, rows_of, widening, word_shape
 from runtime.kernels.packed import PackedMatrix
 
 
@@ -82,6 +76,7 @@ def packed_tiles(
         "num_stages": config.num_stages,
     }
     shape |= word_shape(matrix) | {"PER_SCALE": matrix.fields_per_scale}
+    shape["STEP"] = min(config.step, shape["FIELD"])
     scaled = config.scales_first and matrix.groups > 1 and matrix.zeros is None
     _tile_kernel[(whole + parts,)](
         x,
@@ -110,7 +105,7 @@ def shared_workspace(device: torch.device) -> TileWorkspace:
 
 @kernel
 @triton.jit(do_not_specialize=["num_rows", "whole", "splits"])
-def _tile_kernel(  # noqa: C901  # most of its conditions are decided when it is compiled
+def _tile_kernel(
     x_ptr,
     values_ptr,
     scales_ptr,
@@ -131,6 +126,7 @@ def _tile_kernel(  # noqa: C901  # most of its conditions are decided when it is
     BITS: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     PER_SCALE: tl.constexpr,
+    STEP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SCALES_FIRST: tl.constexpr,
@@ -139,8 +135,6 @@ def _tile_kernel(  # noqa: C901  # most of its conditions are decided when it is
     GATED: tl.constexpr,
     WIDENING: tl.constexpr,
 ):
-    FIELDS: tl.constexpr = 16 // BITS if BITS else 1
-    SCALED: tl.constexpr = SCALES_FIRST and GROUPS > 1
     chunks: tl.constexpr = (WORDS + FIELD - 1) // FIELD
     tile, first, last = tl.program_id(0), 0, chunks
     share = 0
@@ -152,49 +146,23 @@ def _tile_kernel(  # noqa: C901  # most of its conditions are decided when it is
     row_tile, output_tile = tile % tiles_m, tile // tiles_m
     output, inside = rows_of(output_tile, N, BLOCK_N, GATED)
     row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    place = tl.arange(0, FIELD)
-    there, wanted = inside[:, None], (row < num_rows)[None, :]
+    there = inside[:, None]
     outputs = 2 * N if GATED else N
-    values_ptr += row_start(output, WORDS, FIELD, ROW_BLOCK)[:, None] + place[None, :]
-    step: tl.constexpr = ROW_BLOCK * FIELD
-    x_ptr += row[None, :].to(tl.int64) * K + place[:, None]
-    scales_ptr += output[:, None]
-    zeros_ptr += output[:, None]
-
-    sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    # Scales of products are loaded a chunk ahead: nothing else that is waited for comes from so far away.
-    if not SCALES_FIRST:
-        ahead = _scales(scales_ptr, there, first, outputs, GROUP, GROUPS, FIELD, FIELDS, PER_SCALE)
-    for chunk in range(first, last):
-        if SCALES_FIRST:
-            scales = _scales(scales_ptr, there, chunk, outputs, GROUP, GROUPS, FIELD, FIELDS, PER_SCALE)
-        else:
-            scales = ahead
-            ahead = _scales(scales_ptr, there, chunk + 1, outputs, GROUP, GROUPS, FIELD, FIELDS, PER_SCALE)
-        within = (place + chunk * FIELD < WORDS)[None, :] | (WORDS % FIELD == 0)
-        words = tl.load(values_ptr + chunk * step, there & within, other=0.0, eviction_policy="evict_first")
-        for field in tl.static_range(FIELDS):
-            start = (chunk * FIELDS + field) * FIELD
-            known = (place + start < K)[:, None] | (K % (FIELDS * FIELD) == 0)
-            x = tl.load(x_ptr + start, wanted & known, other=0.0)
-            if HAS_ZEROS:
-                group = tl.minimum(start // GROUP, GROUPS - 1) * outputs
-                zero = tl.load(zeros_ptr + group, there, other=0)
-                weight = widened(words, None, x, BITS, field, WIDENING) - zero.to(x.dtype)
-                if SCALED:
-                    weight *= scales[field // PER_SCALE].to(x.dtype)
-            elif SCALED:
-                weight = widened(words, scales[field // PER_SCALE], x, BITS, field, WIDENING)
-            else:
-                weight = widened(words, None, x, BITS, field, WIDENING)
-            if SCALES_FIRST or GROUPS == 1:
-                sums = tl.dot(weight, x, sums)
-            else:
-                if field % PER_SCALE == 0:
-                    part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-                part = tl.dot(weight, x, part)
-                if (field + 1) % PER_SCALE == 0:
-                    sums += part * scales[field // PER_SCALE].to(tl.float32)
+    values_ptr += row_start(output, WORDS, FIELD, ROW_BLOCK)[:, None]
+    x_ptr += row[None, :].to(tl.int64) * K
+    wanted = (row < num_rows)[None, :]
+    if SCALES_FIRST:
+        sums = sums_of_scaled(
+            x_ptr, values_ptr, scales_ptr, zeros_ptr, output, inside, wanted, first, last, outputs,
+            K, GROUP, GROUPS, WORDS, FIELD, BITS, ROW_BLOCK, PER_SCALE, STEP, BLOCK_M, BLOCK_N, HAS_ZEROS,
+            WIDENING,
+        )  # fmt: skip
+    else:
+        sums = scaled_sums(
+            x_ptr, values_ptr, scales_ptr, zeros_ptr, output, inside, wanted, first, last, outputs,
+            K, GROUP, GROUPS, WORDS, FIELD, BITS, ROW_BLOCK, PER_SCALE, BLOCK_M, BLOCK_N, HAS_ZEROS,
+            WIDENING,
+        )  # fmt: skip
     is_last = tile < whole
     if not is_last:
         sums, is_last = _all_shares(
@@ -202,49 +170,10 @@ def _tile_kernel(  # noqa: C901  # most of its conditions are decided when it is
         )
     if is_last:
         if GROUPS == 1:
-            sums *= tl.load(scales_ptr, there, other=0.0).to(tl.float32)
+            sums *= tl.load(scales_ptr + output[:, None], there, other=0.0).to(tl.float32)
         if HAS_BIAS:
             sums += tl.load(bias_ptr + output, inside, other=0.0).to(tl.float32)[:, None]
         _store(sums, out_ptr, row_tile, output_tile, N, num_rows, BLOCK_M, BLOCK_N, GATED)
-
-
-@triton.jit
-def _scales(
-    scales_ptr,
-    there,
-    chunk,
-    outputs,
-    GROUP: tl.constexpr,
-    GROUPS: tl.constexpr,
-    FIELD: tl.constexpr,
-    FIELDS: tl.constexpr,
-    PER_SCALE: tl.constexpr,
-):
-    """The scales of each PER_SCALE fields of a chunk, [BLOCK_N, 1]; past the last input the last ones."""
-    first = chunk * FIELDS * FIELD
-    step: tl.constexpr = PER_SCALE * FIELD
-    parts: tl.constexpr = FIELDS // PER_SCALE if GROUPS > 1 else 0
-    if parts == 0:
-        return ()
-    elif parts == 1:
-        return (_scale(scales_ptr, there, first, outputs, GROUP, GROUPS),)
-    elif parts == 2:
-        return (
-            _scale(scales_ptr, there, first, outputs, GROUP, GROUPS),
-            _scale(scales_ptr, there, first + step, outputs, GROUP, GROUPS),
-        )
-    else:
-        return (
-            _scale(scales_ptr, there, first, outputs, GROUP, GROUPS),
-            _scale(scales_ptr, there, first + step, outputs, GROUP, GROUPS),
-            _scale(scales_ptr, there, first + 2 * step, outputs, GROUP, GROUPS),
-            _scale(scales_ptr, there, first + 3 * step, outputs, GROUP, GROUPS),
-        )
-
-
-@triton.jit
-def _scale(scales_ptr, there, place, outputs, GROUP: tl.constexpr, GROUPS: tl.constexpr):
-    return tl.load(scales_ptr + tl.minimum(place // GROUP, GROUPS - 1) * outputs, there, other=0.0)
 
 
 @triton.jit

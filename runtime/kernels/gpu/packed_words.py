@@ -97,6 +97,12 @@ def row_start(row, WORDS: tl.constexpr, FIELD: tl.constexpr, ROW_BLOCK: tl.const
 
 
 @triton.jit
+def per_group(row, group, outputs, GROUPS: tl.constexpr, BITS: tl.constexpr):
+    """Where the scale, or the zero, of a group of a row's inputs is; see `packed.in_order`."""
+    return group * outputs + row if BITS == 4 else row * GROUPS + group
+
+
+@triton.jit
 def widened(words, scale, x, BITS: tl.constexpr, FIELD_INDEX: tl.constexpr, WIDENING: tl.constexpr):
     """The values in the i-th bits of each word, or of e4m3, in x's dtype, times `scale` if there is one."""
     if WIDENING is None:

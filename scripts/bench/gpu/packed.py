@@ -13,7 +13,7 @@ from harness.table import number
 from gpu.limits import Limits
 from gpu.products import Layer
 from gpu.timing import replay_seconds
-from runtime.kernels.packed import PackedMatrix, in_blocks, pack_words
+from runtime.kernels.packed import PackedMatrix, in_blocks, in_order, pack_words
 from runtime.kernels.packed_linear import PackedLinear, packed_linear
 
 ROWS = (1, 2, 8, 16, 64, 128, 256, 512)
@@ -45,7 +45,7 @@ def _matrix(bits: int, layer: Layer) -> PackedMatrix:
         return PackedMatrix(values, scales, None, layer.inputs, layer.inputs)
     integers = torch.randint(1 << bits, shape, dtype=torch.uint8, device="cuda")
     values = in_blocks(pack_words(integers, bits, 64), bits, 64).contiguous()
-    return PackedMatrix(values, scales.half(), None, layer.inputs, _GROUP, bits, 64)
+    return PackedMatrix(values, in_order(scales.half(), bits), None, layer.inputs, _GROUP, bits, 64)
 
 
 def _ours(layer: Layer, rows: int, weights: list[PackedMatrix]) -> float:

@@ -195,15 +195,23 @@ def decode_seconds(engine: Engine, batch: int, steps: int) -> float:
 def workload_rate(engine: Engine, workload: Workload) -> float:
     """Output tokens a second of a workload, all of it submitted at once."""
     requests = workload.requests(engine.vocab_size)
+    missing = {str(index): request.max_tokens for index, request in enumerate(requests)}
+    asked = sum(missing.values())
     began = time.perf_counter()
-    for index, request in enumerate(requests):
-        submit(engine, request.prompt, request.max_tokens, str(index))
-    count = 0
+    for name, request in zip(missing, requests, strict=True):
+        submit(engine, request.prompt, request.max_tokens, name)
     while engine.has_work:
-        count += sum(len(delta.token_ids) for delta in engine.step().deltas)
-    if count != sum(request.max_tokens for request in requests):
-        raise BenchError(f"{count} tokens were generated, but not those that were asked for")
-    return count / (time.perf_counter() - began)
+        for delta in engine.step().deltas:
+            missing[delta.request_id] -= len(delta.token_ids)
+    took = time.perf_counter() - began
+    if other := [int(name) for name, count in missing.items() if count]:
+        request, lacks = requests[other[0]], missing[str(other[0])]
+        raise BenchError(
+            f"{len(other)} of {len(requests)} answers have other lengths than asked for: one, after "
+            f"{len(request.prompt)} tokens, lacks {lacks} of {request.max_tokens}; the model's maximum is "
+            f"{engine.max_model_len}"
+        )
+    return asked / took
 
 
 def prefill_rate(engine: Engine, case: Prefill) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from runtime.kernels.packed import PackedMatrix, field_of, in_blocks, pack_words
+from runtime.kernels.packed import PackedMatrix, field_of, in_blocks, in_order, pack_words
 
 
 def random_matrix(
@@ -22,7 +22,7 @@ def random_matrix(
     bits = {"int8": 8, "int4": 4, "fp8": 0}[kind]
     largest = float(1 << (bits - 1)) if bits else 2.0
     scales = (torch.rand(groups, out_features, device=device) + 0.5) / (largest * in_features**0.5)
-    scales = scales.to(scale_dtype)
+    scales = in_order(scales.to(scale_dtype), bits)
     if not bits:
         values = torch.randn(shape, device=device).to(torch.float8_e4m3fn)
         return PackedMatrix(values, scales, None, in_features, group)
@@ -30,6 +30,8 @@ def random_matrix(
     assert field is not None
     integers = torch.randint(0, 1 << bits, shape, dtype=torch.uint8, device=device)
     half = 1 << (bits - 1)
-    points = torch.randint(-half, half, scales.shape, dtype=torch.int8, device=device) if zeros else None
+    points = torch.randint(-half, half, scales.shape, dtype=torch.int8, device=device)
     values = in_blocks(pack_words(integers, bits, field), bits, field).contiguous()
-    return PackedMatrix(values, scales, points, in_features, group, bits, field)
+    return PackedMatrix(
+        values, scales, in_order(points, bits) if zeros else None, in_features, group, bits, field
+    )
