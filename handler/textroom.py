@@ -56,12 +56,17 @@ class TextRoom:
         return task.cancelled() or task.exception() is not None
 
     async def _load(self) -> ModelText:
-        directory = await self._client.wait_directory()
         try:
-            files = await asyncio.to_thread(self._read, directory)
+            return await self._read_text()
+        except EngineUnavailable:
+            raise
         except FirstlightError as error:
             self._client.give_up(str(error))
             raise EngineUnavailable(str(error)) from error
+
+    async def _read_text(self) -> ModelText:
+        directory = await self._client.wait_directory()
+        files = await asyncio.to_thread(self._read, directory)
         max_model_len, vocab_size = self.max_model_len, files.vocab_size
         if self._client.info is not None or max_model_len is None or vocab_size is None:
             # Only the engine knows for sure what families spell in their own ways.

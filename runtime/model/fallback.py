@@ -187,7 +187,9 @@ def _load(directory: Path, architecture: str, device: torch.device, dtype: torch
             "may know it, is not installed: pip install 'firstlight[fallback]'."
         ) from None
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # it would be in the log
     if architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         raise ConfigError(
             f"{where}: architecture {architecture!r} is neither one of this runtime's own nor a causal "

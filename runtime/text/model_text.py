@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from runtime.catalogue import GENERATION_RANGES, ModelSpec
+from runtime.text.backend import TokenizerError
 from runtime.text.chat import turn_end
 from runtime.text.sampling import DEFAULTED
 from runtime.text.template import ChatTemplate
@@ -69,15 +70,23 @@ class TextFiles:
     def with_limits(self, max_model_len: int, vocab_size: int, spec: ModelSpec | None = None) -> ModelText:
         """The model's text side with the engine's limits.
 
-        The sampling defaults of its catalogue entry beat the files', and its stop tokens join theirs.
+        The sampling defaults of its catalogue entry beat the files', and its stop tokens join theirs. Those
+        of the files that the model cannot generate are left out, as checkpoints do name some.
+
+        Raises TokenizerError where the entry names such a one.
         """
         generation = {} if spec is None else spec.generation
         stops = () if spec is None else spec.stop_token_ids
+        if spec is not None and max(stops, default=0) >= vocab_size:
+            raise TokenizerError(
+                f"{spec.id}: stop_token_ids holds {max(stops)}; this model's ids end at {vocab_size - 1}."
+            )
+        own = (token_id for token_id in self.eos_token_ids if token_id < vocab_size)
         return ModelText(
             tokenizer=self.tokenizer,
             template=self.template,
             defaults={**self.generation, **generation},
-            eos_token_ids=tuple(sorted({*self.eos_token_ids, *stops})),
+            eos_token_ids=tuple(sorted({*own, *stops})),
             max_model_len=max_model_len,
             vocab_size=vocab_size,
         )

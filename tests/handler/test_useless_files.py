@@ -31,6 +31,26 @@ def test_the_server_ends_and_says_why(
     assert "Traceback" not in server.log
 
 
+def test_a_stop_token_that_the_model_does_not_have_is_a_mistake_of_the_catalogue(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    entry = f"models: {{m: {{source: {tiny_model}, stop_token_ids: [264]}}}}"
+    (tmp_path / "models.yaml").write_text(entry)
+    with served("--catalogue", str(tmp_path / "models.yaml"), "--model", "m", "--device", "cpu") as server:
+        assert server.wait() == 1
+    assert "stop_token_ids holds 264; this model's ids end at 263" in server.log
+
+
+def test_an_end_that_the_model_cannot_generate_is_none(tiny_model: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [258, 50256]}))
+    with served("--model", str(model), "--device", "cpu") as server:
+        connection = server.post("/v1/completions", prompt="Hi", max_tokens=1)
+        assert connection.getresponse().status == 200
+        connection.close()
+
+
 def test_of_several_models_only_its_own_requests_are_told(tiny_model: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model)

@@ -204,7 +204,7 @@ class TestStops:
             "llama2": {2},
         }
         for family, ids in expected.items():
-            assert set(files[family].with_limits(64, 64).eos_token_ids) == ids
+            assert set(files[family].with_limits(64, 1 << 17).eos_token_ids) == ids
 
     @pytest.mark.parametrize(
         ("name", "end"), {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "mistral": "</s>"}.items()
@@ -230,7 +230,7 @@ class TestStops:
         config["chat_template"] = TEMPLATES["llama3"][0]
         read = TextFiles.read(write({"tokenizer.json": backend, "tokenizer_config.json": config}, tmp_path))
         ends = {read.tokenizer.id_of("<|end_of_text|>"), read.tokenizer.id_of("<|eot_id|>")}
-        assert set(read.with_limits(64, 64).eos_token_ids) == ends
+        assert set(read.with_limits(64, 1 << 17).eos_token_ids) == ends
 
 
 class TestDefaults:
