@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from runtime.engine.vocabulary import Vocabulary
 
 _MAX_KEPT = 64
+_MAX_MESSAGE = 1000
 
 
 class GrammarError(FirstlightError):
@@ -110,6 +111,8 @@ class Grammars:
                 self._under_way.pop(source).set()
 
     def _keep(self, source: str, made: Compilations | str) -> Compilations | str:
+        if isinstance(made, str):
+            made = made[:_MAX_MESSAGE]  # the compiler quotes what it was given
         with self._keeping:
             found = self._compiled.setdefault(source, made)
             while len(self._compiled) > _MAX_KEPT:

@@ -276,6 +276,12 @@ class TestRefusals:
             with pytest.raises(GrammarError, match="unclosed"):
                 grammars.matcher(grammar)
 
+    def test_what_is_said_of_a_long_grammar_is_short(self, grammars: Grammars) -> None:
+        grammar = Grammar(grammars_of.source(grammars_of.regex("[a" + "x?" * 10_000)), "guided_regex")
+        with pytest.raises(GrammarError, match="regex") as told:
+            grammars.matcher(grammar)
+        assert len(str(told.value)) <= 1000
+
     def test_many_grammars_are_not_all_kept(self, grammars: Grammars) -> None:
         for number in range(200):
             source = grammars_of.source(grammars_of.choice([f"{number}"]))
