@@ -38,10 +38,13 @@ class HeaderLimits:
 
 
 async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
-    """The whole request body. Raises `ApiError` 415 if it is no JSON, 413 as soon as it is too large."""
+    """The whole request body. Raises `ApiError` 415 if it is no plain JSON, 413 as soon as it is too large."""
     too_large = ApiError(413, f"The request body is larger than {max_bytes} bytes.", code="request_too_large")
     headers = dict(scope["headers"])
     _check_media_type(headers.get(b"content-type", b"application/json"))
+    if (coding := headers.get(b"content-encoding", b"identity").lower()) != b"identity":
+        message = f"The body is encoded with {coding.decode('latin-1')[:100]}; send it as it is."
+        raise ApiError(415, message, code="unsupported_media_type")
     declared = headers.get(b"content-length", b"0")
     if declared.isdigit() and int(declared) > max_bytes:
         raise too_large

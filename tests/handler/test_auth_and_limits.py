@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import http.client
 import socket
 from collections.abc import Callable, Iterator
@@ -78,6 +79,13 @@ class TestMediaTypes:
         reply = server.post(path, {"prompt": "x"}, {"Content-Type": media_type})
         assert (reply.status, reply.error["code"]) == (415, "unsupported_media_type")
         assert server.engine.submitted == []
+
+    def test_what_is_compressed_is_refused(self, server: Server) -> None:
+        reply = server.post(
+            "/v1/completions", gzip.compress(b'{"prompt": "x"}'), {"Content-Encoding": "gzip"}
+        )
+        assert (reply.status, reply.error["code"]) == (415, "unsupported_media_type")
+        assert "gzip" in reply.error["message"]
 
     @pytest.mark.parametrize("media_type", ["application/json; charset=utf-8", "Application/JSON"])
     def test_json_by_other_spellings(self, server: Server, media_type: str) -> None:
