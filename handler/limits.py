@@ -38,13 +38,11 @@ class HeaderLimits:
 
 
 async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
-    """The whole request body. Raises `ApiError` 415 if it is no plain JSON, 413 as soon as it is too large."""
+    """The whole request body. Raises `ApiError` 415 if it is not JSON, 413 as soon as it is too large."""
     too_large = ApiError(413, f"The request body is larger than {max_bytes} bytes.", code="request_too_large")
     headers = dict(scope["headers"])
     _check_media_type(headers.get(b"content-type", b"application/json"))
-    if (coding := headers.get(b"content-encoding", b"identity").lower()) != b"identity":
-        message = f"The body is encoded with {coding.decode('latin-1')[:100]}; send it as it is."
-        raise ApiError(415, message, code="unsupported_media_type")
+    _check_coding(headers.get(b"content-encoding", b"identity"))
     declared = headers.get(b"content-length", b"0")
     if declared.isdigit() and int(declared) > max_bytes:
         raise too_large
@@ -69,6 +67,12 @@ def _check_media_type(content_type: bytes) -> None:
     if media_type != b"application/json" and not media_type.endswith(b"+json"):
         shown = media_type.decode("latin-1")[:100] or "of no type"
         message = f"The body is said to be {shown}; send it with 'Content-Type: application/json'."
+        raise ApiError(415, message, code="unsupported_media_type")
+
+
+def _check_coding(coding: bytes) -> None:
+    if coding.lower() != b"identity":
+        message = f"The body is encoded with {coding.decode('latin-1')[:100]}; send it as it is."
         raise ApiError(415, message, code="unsupported_media_type")
 
 
