@@ -276,7 +276,8 @@ class LLM:
         for place, whole in enumerate(prompts):
             wanted = options.truncate_prompt_tokens
             prompt = truncated(whole, wanted, call.max_tokens, text.max_model_len)
-            room = answer_room(len(prompt), call.max_tokens, text.max_model_len)
+            room = answer_room(len(prompt), options.max_tokens, text.max_model_len)
+            room = min(room, call.max_tokens or room)
             params = sampling_params(
                 options, text, max_tokens=room, logprobs=options.logprobs, banned=banned, grammar=grammar
             )

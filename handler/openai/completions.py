@@ -89,7 +89,9 @@ class CompletionAnswer(BaseAnswer):
         for number, whole in enumerate(prompts):
             prompt = truncated(whole, request.truncate_prompt_tokens, wanted, text.max_model_len)
             shown = self._prompts[number] if len(prompt) == len(whole) else prompt
-            room = answer_room(len(prompt), wanted, text.max_model_len)
+            # What nobody asked for gives way to a long prompt.
+            asked = None if request.max_tokens is None else wanted
+            room = min(wanted, answer_room(len(prompt), asked, text.max_model_len))
             sampling = self._sampling(text, room, banned, grammar)
             for turn in range(self._tries):
                 place = number * self._tries + turn

@@ -190,6 +190,8 @@ def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
     asked = config.max_model_len
     if asked is None:
         return model.max_position_embeddings
+    if asked < 2:
+        raise SettingError(f"--max-model-len {asked} leaves no room for a prompt and an answer.")
     if asked > model.max_position_embeddings:
         raise SettingError(
             f"--max-model-len {asked} is more than the {model.max_position_embeddings} positions that "

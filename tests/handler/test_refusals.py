@@ -239,6 +239,9 @@ def test_a_context_that_is_too_long_is_refused_with_the_numbers(server: Server) 
     for figure in ("512", "600", "500", "100"):
         assert figure in reply.error["message"]
     assert reply.error["param"] == "max_tokens"
+    # What nobody asked for gives way instead.
+    assert server.complete("x" * 500, max_tokens=None).status == 200
+    assert server.engine.submitted.pop().sampling.max_tokens == 12
     assert server.chat(max_completion_tokens=5000).error["param"] == "max_completion_tokens"
     for long, param in (
         (server.complete("x" * 600, max_tokens=1), "prompt"),

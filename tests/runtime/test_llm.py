@@ -242,7 +242,7 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("prompts", "options", "said"),
         [
-            (["x" * 600], {}, r"context length is 512 .* 616 tokens \(600 in the prompt"),
+            (["x" * 600], {}, r"context length is 512 .* 601 tokens \(600 in the prompt"),
             (["x"], {"max_tokens": 512}, "context length is 512"),
             ([""], {}, "prompt is empty"),
             ([[5, 264]], {}, "token id 264; this model's ids end at 263"),
@@ -268,11 +268,19 @@ class TestMistakes:
         with pytest.raises(FirstlightError, match=r"absent\.jinja"):
             LLM(str(tiny_model), chat_template="absent.jinja")
 
-    def test_a_model_that_cannot_be_loaded(self, tiny_model: Path) -> None:
-        with LLM(str(tiny_model), device="cpu", max_model_len=100_000) as llm:
+    @pytest.mark.parametrize("max_model_len", [1, 100_000])
+    def test_a_model_that_cannot_be_loaded(self, tiny_model: Path, max_model_len: int) -> None:
+        with LLM(str(tiny_model), device="cpu", max_model_len=max_model_len) as llm:
             for _ in range(2):
-                with pytest.raises(EngineUnavailable, match="100000"):
+                with pytest.raises(EngineUnavailable, match=f"--max-model-len {max_model_len} "):
                     llm.generate("x")
+
+
+def test_a_length_that_nobody_asked_for_gives_way_to_a_long_prompt(tiny_model: Path) -> None:
+    with LLM(str(tiny_model), device="cpu", max_model_len=20) as llm:
+        assert len(llm.generate("x" * 15, ignore_eos=True)[0].token_ids) == 5
+        with pytest.raises(RequestError, match="6 in the answer"):
+            llm.generate("x" * 15, max_tokens=6)
 
 
 def test_closing_ends_the_engine(tiny_model: Path) -> None:
