@@ -206,8 +206,11 @@ class LLM:
     def sleep(self, level: SleepLevel = 1) -> None:
         """Give back the device's memory when nothing runs any more; the next call takes it again.
 
-        The weights wait in main memory at level 1, in their files at level 2.
+        The weights wait in main memory at level 1, in their files at level 2. Raises `RequestError` for
+        another level.
         """
+        if level not in (1, 2):
+            raise RequestError(f"A level of sleep is 1 or 2, not {level!r}.", "level")
         self._wait(self._sleep(level))
 
     def wake(self) -> None:
@@ -231,8 +234,8 @@ class LLM:
     # ---- what a call asks for ------------------------------------------------------------------
 
     def _completion(self, prompts: Any, sampling: dict[str, Any]) -> _Call:
-        single = isinstance(prompts, str) or all(isinstance(item, int) for item in prompts)
-        several = [prompts] if single and len(prompts) else list(prompts)
+        single = isinstance(prompts, str) or (prompts and all(isinstance(item, int) for item in prompts))
+        several = [prompts] if single else list(prompts)
 
         def encode(text: ModelText) -> list[list[int]]:
             return [_prompt_ids(prompt, text) for prompt in several]
@@ -242,6 +245,8 @@ class LLM:
 
     def _conversation(self, given: Any, template: dict[str, Any], sampling: dict[str, Any]) -> _Call:
         conversations = [given] if _is_conversation(given) else list(given)
+        if not all(map(_is_conversation, conversations)):
+            raise RequestError("A conversation is a list of messages, each a dict with role and content.")
 
         def encode(text: ModelText) -> list[list[int]]:
             if text.template is None:

@@ -245,6 +245,7 @@ class TestMistakes:
             (["x" * 600], {}, r"context length is 512 .* 601 tokens \(600 in the prompt"),
             (["x"], {"max_tokens": 512}, "context length is 512"),
             ([""], {}, "prompt is empty"),
+            ("", {}, "prompt is empty"),
             ([[5, 264]], {}, "token id 264; this model's ids end at 263"),
             (["x"], {"temperature": 3}, "temperature"),
             (["x"], {"temprature": 1}, "temprature"),
@@ -257,6 +258,14 @@ class TestMistakes:
         with pytest.raises(RequestError, match=said):
             llm.generate(prompts, **options)
         assert llm.generate(["x"], max_tokens=1)[0].finish_reason == "length"
+
+    def test_in_the_other_calls(self, llm: LLM) -> None:
+        for wrong in ("Hi", ["Hi"], [CONVERSATION, "Hi"]):
+            with pytest.raises(RequestError, match="list of messages"):
+                llm.chat(wrong)  # type: ignore[arg-type]
+        with pytest.raises(RequestError, match="1 or 2, not 3"):
+            llm.sleep(3)  # type: ignore[arg-type]
+        assert llm.generate([]) == llm.chat([]) == []
 
     def test_in_the_settings(self, tiny_model: Path) -> None:
         with pytest.raises(FirstlightError, match="smolm"):
