@@ -325,6 +325,10 @@ def with_model(given: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
+# A pod beside a Kubernetes service named `firstlight` has FIRSTLIGHT_PORT=tcp://10.0.0.1:8000, for clients.
+_SERVICE_LINKS = ("tcp://", "udp://", "sctp://")
+
+
 def collect(
     given: Mapping[str, Any], flags: tuple[Flag, ...], environ: Mapping[str, str] = os.environ
 ) -> dict[str, Any]:
@@ -339,7 +343,7 @@ def collect(
             continue
         for variable in flag.variables:
             text = environ.get(variable, "")
-            if text:
+            if text and not text.startswith(_SERVICE_LINKS):
                 found[flag.key] = _from_environment(flag, variable, text)
                 break
     return found

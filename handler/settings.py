@@ -114,7 +114,7 @@ def default_names(values: Mapping[str, Any], spec: ModelSpec) -> tuple[str, ...]
 def _api_keys(values: Mapping[str, Any]) -> tuple[str, ...]:
     """The keys of --api-key and --api-key-file. A key that is empty would let everybody in."""
     keys = [key.strip() for key in values.get("api_key", ())]
-    if not all(keys):
+    if not all(keys) or ("api_key" in values and not keys):
         raise UsageError("--api-key is empty; leave it out if no key shall be asked for")
     if "api_key_file" in values:
         keys += _keys_in(values["api_key_file"])

@@ -93,6 +93,11 @@ class TestOrder:
         assert listens_on("--port 0 --host ::1", environ) == ("::1", 0)
         assert listens_on("", {}) == ("127.0.0.1", 8000)
 
+    def test_what_kubernetes_says_of_a_service_of_this_name_is_no_flag(self) -> None:
+        link = {"FIRSTLIGHT_PORT": "tcp://10.0.0.1:80", "FIRSTLIGHT_SERVICE_HOST": "10.0.0.1"}
+        assert listens_on("", link) == ("127.0.0.1", 8000)
+        assert listens_on("", link | {"PORT": "8080"}) == ("127.0.0.1", 8080)
+
     def test_every_flag_has_its_variable(self, catalogue: str) -> None:
         environ = {
             "FIRSTLIGHT_CATALOGUE": catalogue,
@@ -155,6 +160,8 @@ class TestOrder:
         for wrong, said in ((line, "holds no key"), (f"{line}2", "keys2"), ("--api-key ''", "is empty")):
             with pytest.raises(FirstlightError, match=said):
                 settle(f"--catalogue {catalogue} {wrong}")
+        with pytest.raises(FirstlightError, match="is empty"):
+            settle(f"--catalogue {catalogue}", {"FIRSTLIGHT_API_KEY": " , "})
 
     def test_what_is_told_of_requests(self, catalogue: str) -> None:
         line = f"--catalogue {catalogue}"
