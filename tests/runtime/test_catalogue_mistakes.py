@@ -199,4 +199,4 @@ class TestArbitraryFiles:
         except CatalogueError:
             return
         assert spec.max_model_len is None or spec.max_model_len >= 1
-        assert spec.tp_size.bit_count() == 1
+        assert spec.tp_size >= 1

