@@ -73,8 +73,11 @@ def rewritten(schema: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -
 
 
 def _without_remarks(node: dict[str, Any]) -> dict[str, Any]:
-    known = node.get("format") in _FORMATS or not isinstance(node.get("format"), str)
-    return node if known else {key: value for key, value in node.items() if key != "format"}
+    """The schema without keywords that say nothing."""
+    silent = {"uniqueItems"} if node.get("uniqueItems") is False else set()
+    if isinstance(node.get("format"), str) and node["format"] not in _FORMATS:
+        silent.add("format")
+    return {key: value for key, value in node.items() if key not in silent} if silent else node
 
 
 def regex(pattern: str) -> Part:

@@ -29,7 +29,12 @@ SCHEMA = {
     "properties": {
         "id": {"type": "string", "pattern": "^[A-Z]{2}-[0-9]{1,4}$"},
         "count": {"type": "integer", "minimum": -5, "maximum": 300},
-        "tags": {"type": "array", "items": {"enum": ["red", "gr\u00fcn", None]}, "maxItems": 3},
+        "tags": {
+            "type": "array",
+            "items": {"enum": ["red", "gr\u00fcn", None]},
+            "maxItems": 3,
+            "uniqueItems": False,
+        },
         "inner": {"$ref": "#/$defs/inner"},
     },
     "required": ["id", "count", "tags", "inner"],
