@@ -1,10 +1,11 @@
-"""One token whose answer is known: computed after every load and every wake, before anyone is let in."""
+"""One token whose answer is known: computed after every load and every wake, before anyone is answered."""
 
 from __future__ import annotations
 
 import math
 
 from runtime.engine.core import Engine
+from runtime.engine.step import Launched
 from runtime.errors import FirstlightError
 from runtime.protocol import SamplingParams, Submit, TokenLogprobs
 
@@ -17,25 +18,24 @@ class CanaryError(FirstlightError):
     """The model does not say what it must: what lies in its weights is not the model."""
 
 
-def ask(engine: Engine) -> TokenLogprobs:
-    """The likeliest token after a few of token 0. Raises `CanaryError` if that is not a number.
+def ask(engine: Engine) -> Launched:
+    """Begin to compute the likeliest token after a few of token 0. The engine must have nothing to do."""
+    longest = min(engine.max_model_len - 1, engine.scheduler.max_num_batched_tokens)
+    prompt = [0] * min(engine.runner.usual_prompt, longest)
+    return engine.launch_apart(Submit(request_id="canary", prompt_token_ids=prompt, sampling=_SAMPLING))
 
-    The engine must have nothing to do, and counts nothing of this.
-    """
-    prompt = [0] * min(engine.runner.usual_prompt, engine.max_model_len - 1)
-    with engine.uncounted():
-        engine.submit(Submit(request_id="canary", prompt_token_ids=prompt, sampling=_SAMPLING))
-        entries = []
-        while engine.has_work:
-            entries += [entry for delta in engine.step().deltas for entry in delta.logprobs]
-    if len(entries) != 1 or not math.isfinite(entries[0].logprob):
+
+def answer(asked: Launched) -> TokenLogprobs:
+    """Wait for the token. Raises `CanaryError` if its probability is not a number."""
+    (entry,) = asked.result().logprobs
+    if entry is None or not math.isfinite(entry.logprob):
         raise CanaryError("The model's first logits are not finite numbers: its weight files are damaged.")
-    return entries[0]
+    return entry
 
 
-def check(engine: Engine, expected: TokenLogprobs) -> None:
-    """Ask again. Raises `CanaryError` if the answer is not the `expected` one."""
-    found = ask(engine)
+def check(asked: Launched, expected: TokenLogprobs) -> None:
+    """Wait for the token. Raises `CanaryError` if it is not the `expected` one."""
+    found = answer(asked)
     if found.token_id != expected.token_id or abs(found.logprob - expected.logprob) > _TOLERANCE:
         raise CanaryError(
             "After waking, the model did not say what it said when it was loaded "

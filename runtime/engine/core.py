@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from itertools import chain
 
 from runtime.engine.constraint import Constraint
@@ -118,13 +117,17 @@ class Engine:
             return f"A token id is out of range: this model's ids go from 0 to {self.vocab_size - 1}."
         return None
 
-    @contextmanager
-    def uncounted(self) -> Iterator[None]:
-        """What is done meanwhile is not counted, nor do its requests take numbers from others."""
-        stats, num_submitted = self.stats, self._num_submitted
-        self.stats = EngineStats(blocks_total=self.scheduler.blocks.num_blocks)
-        yield
-        self.stats, self._num_submitted = stats, num_submitted
+    def launch_apart(self, request: Submit) -> Launched:
+        """Launch the one step of a request for one token, of which nothing is counted or told by `step`.
+
+        The engine must have nothing to do. What is submitted afterwards is computed behind it.
+        """
+        base = self._position_base(len(request.prompt_token_ids))
+        self.scheduler.add(Sequence(request, 0, 0, self.max_model_len, base))
+        launched = self.runner.launch(self.scheduler.schedule())
+        launched.sample()
+        self.scheduler.remove([request.request_id])
+        return launched
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Forget these requests and free their blocks."""

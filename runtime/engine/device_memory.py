@@ -98,7 +98,8 @@ class DeviceMemory:
         self._cache = Pool(driver)
         self._scratch = Pool(driver)
         self._arenas = [] if weights is None else [weights.memory]
-        self._stream = driver.stream()
+        self._stream, self._clearing = driver.stream(), driver.stream()
+        self._filled = driver.event()
         self._arena_copy = HostCopy(driver, self._arenas, self._stream)
         self._derived_copy: HostCopy | None = None
         self._driver = driver
@@ -177,11 +178,11 @@ class DeviceMemory:
                 f"The engine cannot wake. {error} Of the device's {total / 1e9:.1f} GB {free / 1e9:.1f} are "
                 "free: whatever else uses it must leave the engine the room that it had."
             ) from None
+        self._driver.record(self._filled, self._stream)
+        self._driver.hold(torch.cuda.current_stream().cuda_stream, self._filled)
         if self._weights is not None and not self._arena_is_copied:
             self._weights.load(lambda done: None)
             self._on_reload()
-            torch.cuda.synchronize()
-        self._driver.synchronize(self._stream)
 
     def _take(self) -> None:
         """All memory; what was copied is on its way back while the rest is being mapped."""
@@ -191,9 +192,11 @@ class DeviceMemory:
         self._derived_copy.fill()
         for region in self._scratch.regions.values():
             region.take()
-            self._driver.clear(region.address, region.num_bytes, self._stream)
+            self._driver.clear(region.address, region.num_bytes, self._clearing)
         for region in self._cache.regions.values():
             region.take()
+        # What lies there is not only used by steps, and soon done.
+        self._driver.synchronize(self._clearing)
 
     def _regions(self) -> list[VirtualMemory]:
         pools = (self._derived, self._cache, self._scratch)

@@ -30,11 +30,12 @@ def serve(engine: Engine, sleeper: Sleeper, channel: Channel | LeadingChannel | 
             _follow(command, sleeper, compiling)
         for request in compiling.finished() if compiling.busy else ():
             sleeper.take(request)
-        if not (engine.has_work or was_busy) and (sleeper.is_falling_asleep or sleeper.is_asleep):
-            sleeper.advance()
-            continue
-        if not (engine.has_work or was_busy):
-            if idle_work and engine.runner.use_idle_time():
+        output = engine.step() if engine.has_work or was_busy else None
+        sleeper.finish_waking()
+        if output is None:
+            if sleeper.is_falling_asleep or sleeper.is_asleep:
+                sleeper.advance()
+            elif idle_work and engine.runner.use_idle_time():
                 graphs = marks.since_exec()
             elif graphs is not None:
                 channel.send(Mark("graphs", graphs))
@@ -42,7 +43,6 @@ def serve(engine: Engine, sleeper: Sleeper, channel: Channel | LeadingChannel | 
             elif idle_work:
                 idle_work = engine.grammars.read_ahead()
             continue
-        output = engine.step()
         channel.check(engine.fingerprint)
         # The last step is told even if it produced nothing: it shows that all blocks are free again.
         if output.deltas or not engine.has_work:

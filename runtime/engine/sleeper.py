@@ -9,6 +9,7 @@ from typing import Protocol
 
 from runtime.engine import canary
 from runtime.engine.core import Engine
+from runtime.engine.step import Launched
 from runtime.protocol import Abort, Asleep, Awake, Command, Drain, Event, Sleep, SleepLevel, Submit, Wake
 
 # Preparations are made in so many parts, with a look at what has arrived after each. The number is the
@@ -41,7 +42,10 @@ class Memory(Protocol):
         ...
 
     def take_back(self) -> None:
-        """Take the memory again, at the same addresses, with the weights in it."""
+        """Take the memory again, at the same addresses, with the weights in it.
+
+        They may still be on their way. Steps that are launched from here on are computed when all are there.
+        """
         ...
 
 
@@ -53,7 +57,9 @@ class Sleeper:
         self._engine = engine
         self._memory = memory
         self._send = send
-        self._canary = canary.ask(engine)
+        self._canary = canary.answer(canary.ask(engine))
+        # The question after a wake that is not answered yet, and when that wake began.
+        self._asked: tuple[Launched, float] | None = None
         self._wanted: Sleep | None = None
         self._part = 0
         self._held: list[Submit] = []
@@ -64,12 +70,20 @@ class Sleeper:
         return self._level is not None
 
     @property
+    def is_waking(self) -> bool:
+        """Whether `finish_waking` has something to wait for."""
+        return self._asked is not None
+
+    @property
     def is_falling_asleep(self) -> bool:
         """Whether `advance` has something to do as soon as the engine has nothing."""
         return self._wanted is not None
 
     def take(self, command: Command) -> None:
-        """Do as one is told; requests go on to the engine. Raises `FirstlightError` if it cannot wake."""
+        """Do as one is told; requests go on to the engine. Raises `FirstlightError` if it cannot wake.
+
+        After this comes `finish_waking`, with at most one step in between.
+        """
         match command:
             case Submit():
                 self._submit(command)
@@ -124,15 +138,26 @@ class Sleeper:
             self._wake()
 
     def _wake(self) -> None:
-        """Take the memory back, or give up falling asleep. Raises `CanaryError` if weights were damaged."""
-        began = time.monotonic()
-        was_asleep = self.is_asleep
-        if was_asleep:
+        """Begin to take the memory back, which `finish_waking` ends; or give up falling asleep."""
+        if self.is_asleep:
+            began = time.monotonic()
             self._memory.take_back()
             self._level = None
-            canary.check(self._engine, self._canary)
-        self._send(Awake(time.monotonic() - began if was_asleep else 0.0))
+            self._asked = canary.ask(self._engine), began
+        elif not self.is_waking:
+            self._send(Awake(0.0))
         self._stay_awake()
+
+    def finish_waking(self) -> None:
+        """Be awake, or find out that one is not: nothing that was launched since may be told before.
+
+        Returns at once unless there was a wake. Raises `CanaryError` if weights were damaged.
+        """
+        if self._asked is not None:
+            asked, began = self._asked
+            canary.check(asked, self._canary)
+            self._asked = None
+            self._send(Awake(time.monotonic() - began))
 
     def _stay_awake(self) -> None:
         """Give up falling asleep, and let those on who wait for that."""

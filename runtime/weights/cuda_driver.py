@@ -108,6 +108,10 @@ class Driver:
         """Wait until what was noted is done; at once if nothing was."""
         self.call("cuEventSynchronize", event)
 
+    def hold(self, stream: int, event: c_void_p) -> None:
+        """Whatever is begun on the stream from here on waits for what was noted."""
+        self.call("cuStreamWaitEvent", c_void_p(stream), event, 0)
+
     def synchronize(self, stream: c_void_p) -> None:
         """Wait until all that was begun on a stream is done."""
         self.call("cuStreamSynchronize", stream)

@@ -44,6 +44,12 @@ def fall_asleep(sleeper: Sleeper, level: SleepLevel) -> None:
     assert sleeper.is_asleep
 
 
+def wake(sleeper: Sleeper) -> None:
+    sleeper.take(Wake())
+    assert not sleeper.is_asleep
+    sleeper.finish_waking()
+
+
 def used_bytes() -> int:
     free, total = torch.cuda.mem_get_info()
     return total - free
@@ -81,7 +87,7 @@ def test_answers_are_the_references_after_every_sleep(levels: list[SleepLevel], 
     assert differences(model, NAMED, answers(engine, NAMED)) == {}
     for level in levels:
         fall_asleep(sleeper, level)
-        sleeper.take(Wake())
+        wake(sleeper)
         cached = engine.stats.cached_tokens_total
         one = {"r1": NAMED["r1"]}
         assert differences(model, one, answers(engine, one)) == {}
@@ -100,7 +106,7 @@ def test_what_was_made_of_weights_wakes_too(dtype: torch.dtype, tmp_path: Path) 
     before = answers(engine, NAMED)
     for level in (1, 2):
         fall_asleep(sleeper, level)
-        sleeper.take(Wake())
+        wake(sleeper)
         assert answers(engine, NAMED) == before
 
 
@@ -124,7 +130,7 @@ def test_a_damaged_copy_is_noticed(tmp_path: Path) -> None:
     content[-40_000:] = bytes(40_000)
     file.write_bytes(content)
     with pytest.raises(CanaryError, match="did not say what it said"):
-        sleeper.take(Wake())
+        wake(sleeper)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs are needed")

@@ -158,7 +158,7 @@ def make_engine(task: Task, directory: Path, ranks: Ranks | None) -> tuple[Engin
     )
     memory = DeviceMemory(driver, weights, world_size)
     engine, _ = build_engine(config, directory, model, weights.tensors, "cuda", memory, group)
-    canary.ask(engine)
+    canary.answer(canary.ask(engine))
     while engine.runner.use_idle_time():
         pass
     torch.cuda.synchronize()
