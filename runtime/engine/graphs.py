@@ -11,9 +11,10 @@ import torch
 from runtime.engine.pace import uncollected
 from runtime.kernels.adopted import adopted
 
-# A capture keeps the host busy for some hundredths of a second. While requests wait for tokens there is
-# this much between two, and before the first: by then the first tokens of a start are on their way.
-_STEPS_BETWEEN_CAPTURES = 16
+# A capture keeps the host busy for a hundredth of a second or two, and so does a batch size's first step, for
+# which kernels are loaded. While requests wait for tokens there is this much between one of them and the
+# next, and before the first: by then the first tokens of a start are on their way.
+_STEPS_BETWEEN_PAUSES = 16
 
 
 class DecodeGraphs:
@@ -33,7 +34,7 @@ class DecodeGraphs:
         self._make_pool = pool
         self._pool: Any = None
         self._warm: set[int] = set()
-        self._since_capture = 0
+        self._steps_since_pause = 0
 
     @staticmethod
     def sizes(max_size: int) -> list[int]:
@@ -45,8 +46,11 @@ class DecodeGraphs:
         """The batch size to run `size` sequences with.
 
         That is the next size that gets a graph; until it has one, a larger one with a graph if there is any.
+        But a step has to be computed without a graph before there can be one.
         """
         at = bisect_left(self._sizes, size)
+        if self._may_pause and self._sizes[at] not in self._warm:
+            return self._sizes[at]
         return next((larger for larger in self._sizes[at:] if larger in self._graphs), self._sizes[at])
 
     def due(self, size: int) -> int | None:
@@ -54,14 +58,21 @@ class DecodeGraphs:
 
         Captures are kept apart while steps follow each other; in idle time there is `advance`.
         """
-        self._since_capture += 1
+        self._steps_since_pause += 1
         best = self._sizes[bisect_left(self._sizes, size)]
-        return best if best not in self._graphs and self._since_capture > _STEPS_BETWEEN_CAPTURES else None
+        is_due = self._may_pause and best in self._warm and best not in self._graphs
+        return best if is_due else None
+
+    @property
+    def _may_pause(self) -> bool:
+        return self._steps_since_pause > _STEPS_BETWEEN_PAUSES
 
     def run(self, size: int) -> torch.Tensor:
         """Compute a step of `size` sequences: from its graph if it has one."""
         if size not in self._graphs:
-            self._warm.add(size)
+            if size not in self._warm:
+                self._warm.add(size)
+                self._steps_since_pause = 0
             return self._forward(size)
         graph, output = self._graphs[size]
         graph.replay()
@@ -70,7 +81,7 @@ class DecodeGraphs:
     def advance(self) -> bool:
         """Do a part of what is missing, the smallest size first; whether there was anything to do.
 
-        As for `capture`, the inputs must be such that a run does no harm.
+        The inputs must be such that a run does no harm.
         """
         size = next((size for size in self._sizes if size not in self._graphs), None)
         if size is None:
@@ -82,10 +93,8 @@ class DecodeGraphs:
         return True
 
     def capture(self, size: int) -> None:
-        """Make the graph for steps of `size` sequences. The inputs must be such that a run does no harm."""
-        if size not in self._warm:
-            # Once without capturing: kernels are loaded, and libraries allocate, outside the graph.
-            self.run(size)
+        """Make the graph for steps of `size` sequences, one of which must have been run: by then kernels are
+        loaded, and libraries have allocated, outside the graph."""
         self._pool = self._pool or self._make_pool()
         graph = torch.cuda.CUDAGraph()
         with uncollected():
@@ -95,4 +104,4 @@ class DecodeGraphs:
         # The graph keeps its memory, and the output's is free for the other graphs.
         lent = adopted(output.data_ptr(), output.nbytes).view(output.dtype).view(output.shape)
         self._graphs[size] = graph, lent
-        self._since_capture = 0
+        self._steps_since_pause = 0

@@ -13,7 +13,7 @@ import torch
 from runtime.engine import graphs
 from runtime.engine.graphs import DecodeGraphs
 
-SPACING = graphs._STEPS_BETWEEN_CAPTURES
+SPACING = graphs._STEPS_BETWEEN_PAUSES
 
 
 class StandIn:
@@ -62,11 +62,12 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
 
 
 def test_the_first_steps_of_a_start_are_computed_without_graphs(steps: Steps) -> None:
-    assert [steps.step(3) for _ in range(SPACING)] == [4] * SPACING
-    assert (steps.captured, steps.eager) == ([], [4] * SPACING)
+    first = SPACING + 1
+    assert [steps.step(3) for _ in range(first)] == [4] * first
+    assert (steps.captured, steps.eager) == ([], [4] * first)
     steps.step(3)
     # What has been computed eagerly needs no further run to be captured.
-    assert (steps.captured, steps.eager, StandIn.replayed) == ([4], [4] * (SPACING + 1), 1)
+    assert (steps.captured, steps.eager, StandIn.replayed) == ([4], [4] * (first + 1), 1)
 
 
 def test_captures_in_traffic_are_kept_apart(steps: Steps) -> None:
@@ -82,6 +83,19 @@ def test_until_a_size_has_its_graph_a_larger_one_will_do(steps: Steps) -> None:
         steps.step(16)
     assert steps.step(2) == 16
     assert steps.eager.count(2) == 0
+
+
+def test_no_step_of_live_traffic_waits_for_another_run_and_a_capture(steps: Steps) -> None:
+    while not steps.captured:
+        steps.step(16)
+    before = len(steps.eager)
+    sizes = []
+    while steps.captured == [16]:
+        sizes.append(steps.step(2))
+    # The size's first step is the traffic's own, long before its capture, which takes one run more.
+    assert sizes.index(2) == SPACING
+    assert sizes[SPACING + 1 : -1] == [16] * SPACING
+    assert (sizes[-1], steps.eager[before:]) == (2, [2, 2])
 
 
 def test_idle_time_makes_them_all_smallest_first_and_lets_go_in_between(steps: Steps) -> None:
