@@ -1,5 +1,6 @@
 /* A CUDA driver whose device is the host's memory. Copies run as late as they may: when an event after them is waited
  * for. So a buffer that is used again too early shows in what arrives. FAKE_DRIVER_FAILS names a call that fails. */
+#include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -30,6 +31,9 @@ typedef struct {
     void *dst_array;
     size_t dst_pitch, width, height;
 } copy_2d_t;
+
+static atomic_size_t pinned;
+static atomic_int unpinned;
 
 static int status(const char *call) {
     const char *fails = getenv("FAKE_DRIVER_FAILS");
@@ -98,3 +102,15 @@ int cuMemcpy2DAsync_v2(const copy_2d_t *copy, void *stream) {
                            copy->src_pitch});
     return status("cuMemcpy2DAsync_v2");
 }
+int cuMemcpyDtoHAsync_v2(void *target, uint64_t source, size_t size, void *stream) {
+    begin(stream, (copy_t){target, (const char *)(uintptr_t)source, size, 1, size});
+    return 0;
+}
+int cuStreamSynchronize(stream_t *stream) { return finish(stream, stream->begun), 0; }
+int cuMemHostRegister_v2(void *memory, size_t size, unsigned flags) {
+    pinned += size;
+    return (void)memory, (void)flags, status("cuMemHostRegister_v2");
+}
+int cuMemHostUnregister(void *memory) { return (void)memory, unpinned++, 0; }
+int fake_unpinned(void) { return unpinned; }
+size_t fake_pinned(void) { return pinned; }
