@@ -21,7 +21,8 @@ from runtime.engine.memory import available_bytes
 from runtime.engine.pace import uncollected
 from runtime.protocol import SleepLevel
 from runtime.weights.cuda_driver import CudaError, Driver
-from runtime.weights.host_copy import HostCopy
+from runtime.weights.host_copy import HostCopy, extents_of_plan, extents_of_regions
+from runtime.weights.loaded_files import LoadedFiles
 from runtime.weights.upload import DeviceWeights
 from runtime.weights.virtual_memory import VirtualMemory
 
@@ -86,8 +87,8 @@ def _free(
 class DeviceMemory:
     """The weights' arena, what was made of weights while they were loaded, and the KV cache; a `Memory`.
 
-    At level 1 all weights are copied to the host, once. At level 2 the arena is not: the loader fills it
-    again. Nothing of the KV cache is kept. `num_ranks` engine processes share the host's memory.
+    At level 1 all weights are kept in pinned host memory, once. At level 2 the arena is not: the loader fills
+    it again. Nothing of the KV cache is kept. `num_ranks` engine processes share the host's memory.
     """
 
     def __init__(self, driver: Driver, weights: DeviceWeights | None, num_ranks: int) -> None:
@@ -100,12 +101,12 @@ class DeviceMemory:
         self._arenas = [] if weights is None else [weights.memory]
         self._stream, self._clearing = driver.stream(), driver.stream()
         self._filled = driver.event()
-        self._arena_copy = HostCopy(driver, self._arenas, self._stream)
+        self._arena_copy: HostCopy | None = None
         self._derived_copy: HostCopy | None = None
         self._driver = driver
-        self._copies_arena = False
-        self._arena_is_copied = False
-        self._on_reload: Callable[[], object] = lambda: None
+        self._keeps_arena = False
+        self._arena_is_kept = False
+        self._on_reload: Callable[[], object] | None = None
 
     def derived(self) -> AbstractContextManager[None]:
         """See `Memory.derived`."""
@@ -137,38 +138,55 @@ class DeviceMemory:
         self._on_reload = work
 
     def prepare(self, level: SleepLevel, part: int, parts: int) -> None:
-        """Copy a part of the weights; see `Memory.prepare`."""
+        """Keep a part of the weights; see `Memory.prepare`."""
         if part == 0:
             self._driver.enter()
-            self._copies_arena = level == 1 and (self._arena_is_copied or self._fits_host())
+            self._keeps_arena = level == 1 and (self._arena_is_kept or self._fits_host())
         if self._derived_copy is None:
             derived = list(self._derived.regions.values())
-            self._derived_copy = HostCopy(self._driver, derived, self._stream)
+            self._derived_copy = HostCopy(self._driver, self._stream, derived, extents_of_regions(derived))
         self._derived_copy.make(part, parts)
-        if self._copies_arena:
+        if self._keeps_arena:
+            self._arena_copy = self._arena_copy or self._copy_of_arena()
             try:
                 self._arena_copy.make(part, parts)
             except (CudaError, OSError) as error:
                 print(f"firstlight: no copy of the weights in host memory: {error}", file=sys.stderr)
-                self._copies_arena = False
+                self._keeps_arena = False
 
     def _fits_host(self) -> bool:
-        """Whether the host has room for the weights; if not, level 2 is as near as one gets to level 1."""
-        needed = self._arena_copy.num_bytes + _HOST_RESERVE_BYTES
+        """Whether the host has room for the weights; if not, level 2 is as near as one gets to level 1.
+
+        Pages of files, which are room as long as they are not pinned, are none from then on.
+        """
+        needed = sum(arena.num_bytes for arena in self._arenas) + _HOST_RESERVE_BYTES
         return available_bytes() // self._num_ranks > needed
+
+    def _copy_of_arena(self) -> HostCopy:
+        weights = self._weights
+        if weights is None or self._on_reload is not None:
+            # What was done with loaded weights is in no file.
+            return HostCopy(self._driver, self._stream, self._arenas, extents_of_regions(self._arenas))
+        extents = extents_of_plan(weights.plan, weights.address)
+        files = LoadedFiles(weights.stamps, weights.gate)
+        return HostCopy(self._driver, self._stream, self._arenas, extents, files)
 
     def give_back(self, level: SleepLevel) -> None:
         """See `Memory.give_back`."""
         torch.cuda.synchronize()
-        self._arena_is_copied = level == 1 and self._copies_arena
-        if not self._arena_is_copied:
+        self._arena_is_kept = level == 1 and self._keeps_arena
+        if not self._arena_is_kept and self._arena_copy is not None:
             self._arena_copy.close()
+            self._arena_copy = None
         for region in self._regions():
             region.give_back()
         torch.cuda.empty_cache()
 
     def take_back(self) -> None:
-        """See `Memory.take_back`. Raises `CudaError` if the memory is not to be had any more."""
+        """See `Memory.take_back`.
+
+        Raises `CudaError` if the memory is not to be had any more, and `ChangedFiles`.
+        """
         self._driver.enter()
         try:
             self._take()
@@ -180,14 +198,17 @@ class DeviceMemory:
             ) from None
         self._driver.record(self._filled, self._stream)
         self._driver.hold(torch.cuda.current_stream().cuda_stream, self._filled)
-        if self._weights is not None and not self._arena_is_copied:
+        if self._weights is not None and not self._arena_is_kept:
             self._weights.load(lambda done: None)
-            self._on_reload()
+            if self._on_reload is not None:
+                self._on_reload()
 
     def _take(self) -> None:
         """All memory; what was copied is on its way back while the rest is being mapped."""
-        # Without a copy this only takes the memory.
-        self._arena_copy.fill()
+        if self._arena_copy is not None:
+            self._arena_copy.fill()
+        for arena in self._arenas:
+            arena.take()
         assert self._derived_copy is not None
         self._derived_copy.fill()
         for region in self._scratch.regions.values():

@@ -24,7 +24,7 @@ _SLICES = [
 # What hardly any vocabulary joins with what follows, so that a text behind it is cut as it is alone.
 _BREAK = "\n"
 _MAX_SPELLED = 4096
-_TOKENS_AT_ONCE = 8192
+_TOKENS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)

@@ -1,54 +1,83 @@
-"""A copy of device memory in pinned host memory, from which the device is filled again at the link's speed.
+"""What device memory holds, in pinned host memory, from which the device is filled again at the link's speed.
 
-Pinning is slow, most of it being the kernel's work on pages that are touched for the first time. So the copy
-is made in parts, whenever there is time, and some threads do that work for the parts that come next. What is
-copied must not change afterwards. The copy itself is read-only once it is made.
+Weights that lie on the device as they lie in their files are pinned where the page cache has them. Of all
+else, and of files that are not in the page cache any more or were changed, a copy is made. Pinning is slow,
+so all this happens in parts, whenever there is time, and some threads pin what the next parts take. What is
+kept must not change on the device afterwards. The copy itself is read-only once it is made.
 """
 
 from __future__ import annotations
 
 import ctypes
-import mmap
-import weakref
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from runtime.weights.chunks import Chunk, chunks_of
 from runtime.weights.cuda_driver import Driver
+from runtime.weights.loaded_files import LoadedFiles
+from runtime.weights.pinned import Pinned, pinned_memory, pinned_run
+from runtime.weights.plan import MIN_PART_BYTES, Plan
 from runtime.weights.virtual_memory import VirtualMemory
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
-_MADV_POPULATE_WRITE = 23  # Linux 5.14; on older kernels pinning touches the pages itself
-_ALIGNMENT = 2 << 20
-# How many threads touch and pin pages, and how many parts ahead of the one that is asked for.
+# What is pinned in one piece.
+_EXTENT_BYTES = 64 << 20
+# How many threads pin, and how many parts ahead of the one that is asked for.
 _NUM_THREADS = 4
 _PARTS_AHEAD = 8
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+class Extent(NamedTuple):
+    """A run of device memory, and the run of a file that it holds, if it is known to hold one."""
+
+    address: int
+    num_bytes: int
+    chunk: Chunk | None = None
+
+
+def extents_of_regions(regions: Sequence[VirtualMemory]) -> list[Extent]:
+    """All that regions hold, whatever it is."""
+    return [
+        Extent(region.address + at, min(_EXTENT_BYTES, region.num_bytes - at))
+        for region in regions
+        for at in range(0, region.num_bytes, _EXTENT_BYTES)
+    ]
+
+
+def extents_of_plan(plan: Plan, arena: int) -> list[Extent]:
+    """What an arena holds after its plan was run."""
+    return [
+        Extent(arena + chunk.target, chunk.num_bytes // chunk.pitch * chunk.width, chunk)
+        for chunk in chunks_of(plan, _EXTENT_BYTES)
+    ]
 
 
 class HostCopy:
-    """The content of some regions. It is made part by part, and good once every part was made.
+    """The content of some regions: their `extents`, with the `files` that chunks of these are of.
 
-    All copying is done on `stream`.
+    It is made part by part, and good once every part was made. All copying is done on `stream`.
     """
 
-    def __init__(self, driver: Driver, regions: Sequence[VirtualMemory], stream: ctypes.c_void_p) -> None:
+    def __init__(
+        self,
+        driver: Driver,
+        stream: ctypes.c_void_p,
+        regions: Sequence[VirtualMemory],
+        extents: Sequence[Extent],
+        files: LoadedFiles | None = None,
+    ) -> None:
         self._driver = driver
-        self._regions = regions
         self._stream = stream
+        self._regions = regions
+        self._extents = extents
+        self._files = files
         self._parts: dict[int, _Part] = {}
         self._threads: ThreadPoolExecutor | None = None
 
-    @property
-    def num_bytes(self) -> int:
-        """What the regions take."""
-        return sum(region.num_bytes for region in self._regions)
-
     def make(self, part: int, parts: int) -> None:
-        """Copy part number `part` of `parts`, unless that was done before.
+        """Keep part number `part` of `parts`, unless that was done before.
 
         Raises `CudaError`, and `OSError` if there is no memory for it.
         """
@@ -64,35 +93,59 @@ class HostCopy:
             from concurrent.futures import ThreadPoolExecutor
 
             self._threads = ThreadPoolExecutor(_NUM_THREADS, "pinning", self._driver.enter)
-        size = -(-self.num_bytes // (parts * _ALIGNMENT)) * _ALIGNMENT
-        pieces = list(self._pieces(part * size, (part + 1) * size))
-        return _Part(self._driver, self._stream, pieces, self._threads)
+        count = len(self._extents)
+        extents = self._extents[count * part // parts : count * (part + 1) // parts]
+        found = [(extent, self._descriptor(extent)) for extent in extents]
+        return _Part(self._driver, self._stream, found, self._threads)
 
-    def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """(address, bytes) of what lies between two offsets in all regions, one after the other."""
-        for region in self._regions:
-            first, last = max(start, 0), min(stop, region.num_bytes)
-            if first < last:
-                yield region.address + first, last - first
-            start, stop = start - region.num_bytes, stop - region.num_bytes
+    def _descriptor(self, extent: Extent) -> int | None:
+        """The open file of what can come from there again."""
+        chunk = extent.chunk
+        if chunk is None or self._files is None:
+            return None
+        # Copies of many narrow rows are slow.
+        if chunk.width != chunk.pitch and chunk.width < MIN_PART_BYTES:
+            return None
+        return self._files.descriptor(chunk.file)
 
     def fill(self) -> None:
         """Take the regions' memory, and begin to fill it: that is done when the stream is.
 
-        Without a copy, only the memory is taken.
+        Without a copy, only the memory is taken. Raises `ChangedFiles` if there is nothing to fill it with.
         """
+        if self._files is not None:
+            self._files.check()
+        for part in self._parts.values():
+            for extent, address, is_as_in_file in part.kept():
+                self._take(extent)
+                self._copy(extent, address, extent.chunk if is_as_in_file else None)
         for region in self._regions:
             region.take()
-        for part in self._parts.values():
-            for source, target, size in part.placed():
-                self._driver.copy(target, source, size, self._stream)
+
+    def _take(self, extent: Extent) -> None:
+        """Take the memory up to the end of an extent: what comes behind can be taken while this is filled."""
+        for region in self._regions:
+            if 0 <= extent.address - region.address < region.num_bytes:
+                region.take(extent.address + extent.num_bytes - region.address)
+
+    def _copy(self, extent: Extent, address: int, chunk: Chunk | None) -> None:
+        """Begin to copy an extent from where its bytes lie close together, or as in the chunk of its file."""
+        if chunk is None or chunk.width == chunk.pitch:
+            self._driver.copy(extent.address, address, extent.num_bytes, self._stream)
+        else:
+            rows = chunk.num_bytes // chunk.pitch
+            self._driver.copy_rows(
+                extent.address, address + chunk.skip, chunk.width, rows, chunk.pitch, self._stream
+            )
 
     def close(self) -> None:
-        """Give back all parts' memory."""
+        """Give back all that is kept."""
         self._end_threads()
         for part in self._parts.values():
             part.close()
         self._parts.clear()
+        if self._files is not None:
+            self._files.close()
 
     def _end_threads(self) -> None:
         if self._threads is not None:
@@ -101,65 +154,62 @@ class HostCopy:
 
 
 class _Part:
-    """Some pieces of device memory and their copy, whose memory is being pinned by one of `threads`."""
+    """Some extents, which one of `threads` is pinning memory for; each comes with its open file or None."""
 
     def __init__(
         self,
         driver: Driver,
         stream: ctypes.c_void_p,
-        pieces: list[tuple[int, int]],
+        extents: list[tuple[Extent, int | None]],
         threads: ThreadPoolExecutor,
     ) -> None:
         self._driver = driver
         self._stream = stream
-        self._pieces = pieces
-        self._num_bytes = sum(size for _, size in pieces)
+        # Those that are in their files, and those that are copied, one after the other, to memory of our own.
+        self._runs: list[tuple[Extent, Pinned]] = []
+        self._copied: list[Extent] = []
+        self._memory: Pinned | None = None
         self._is_made = False
-        self._memory: mmap.mmap | None = None
-        self._pinned: Future[None] | None = None
-        if self._num_bytes:
-            self._memory = mmap.mmap(-1, self._num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-            self._pinned = threads.submit(self._pin, self._memory)
+        self._pinned: Future[None] = threads.submit(self._pin, extents)
 
-    def _pin(self, memory: mmap.mmap) -> None:
-        # Measured beside an H100: touched in huge pages and pinned then, 5.8 GB/s; in small ones 2.4, and
-        # from the driver 1.1.
-        memory.madvise(mmap.MADV_HUGEPAGE)
-        _libc.madvise(self._address, self._num_bytes, _MADV_POPULATE_WRITE)
-        self._driver.call(
-            "cuMemHostRegister_v2", ctypes.c_void_p(self._address), ctypes.c_size_t(self._num_bytes), 0
-        )
-        self._unpin = weakref.finalize(self, _unpin, self._driver, memory, self._address)
-        self._unpin.atexit = False  # the driver may be gone by then
+    def _pin(self, extents: list[tuple[Extent, int | None]]) -> None:
+        for extent, descriptor in extents:
+            run, chunk = None, extent.chunk
+            if chunk is not None and descriptor is not None:
+                run = pinned_run(self._driver, descriptor, chunk.start, chunk.num_bytes)
+            if run is not None:
+                self._runs.append((extent, run))
+            else:
+                self._copied.append(extent)
+        if self._copied:
+            self._memory = pinned_memory(self._driver, sum(extent.num_bytes for extent in self._copied))
 
     def make(self) -> None:
-        """Copy, unless that was done before; see `HostCopy.make`."""
-        if self._pinned is None or self._is_made:
-            return
+        """Copy what is to be copied, unless that was done before; see `HostCopy.make`."""
         self._pinned.result()
-        for target, source, size in self.placed():
-            self._driver.download(target, source, size, self._stream)
-        self._driver.synchronize(self._stream)
-        _libc.mprotect(self._address, self._num_bytes, mmap.PROT_READ)
+        if self._memory is not None and not self._is_made:
+            for extent, address, is_as_in_file in self.kept():
+                if not is_as_in_file:
+                    self._driver.download(address, extent.address, extent.num_bytes, self._stream)
+            self._driver.synchronize(self._stream)
+            self._memory.protect()
         self._is_made = True
 
-    def placed(self) -> Iterator[tuple[int, int, int]]:
-        """(host address, device address, bytes) of each piece."""
-        if self._memory is None:
-            return
-        address = self._address
-        for device_address, size in self._pieces:
-            yield address, device_address, size
-            address += size
+    def kept(self) -> Iterator[tuple[Extent, int, bool]]:
+        """Each extent, where in host memory it begins, and whether it lies there as in its file."""
+        for extent, run in self._runs:
+            yield extent, run.address, True
+        if self._memory is not None:
+            address = self._memory.address
+            for extent in self._copied:
+                yield extent, address, False
+                address += extent.num_bytes
 
     def close(self) -> None:
         """Give back the memory; no thread is at work on it any more."""
-        if self._pinned is not None and not self._pinned.cancelled() and self._pinned.exception() is None:
-            self._unpin()
-        self._pinned = self._memory = None
-
-
-def _unpin(driver: Driver, memory: mmap.mmap, address: int) -> None:
-    """Before the memory itself goes; if others got its addresses, they could not be pinned."""
-    driver.call("cuMemHostUnregister", ctypes.c_void_p(address))
+        for _, run in self._runs:
+            run.close()
+        self._runs.clear()
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None

@@ -14,12 +14,18 @@ from runtime.weights import native_readers, readers
 from runtime.weights.chunks import chunks_of
 from runtime.weights.cuda_driver import Driver
 from runtime.weights.gate import OPEN, Gate
+from runtime.weights.loaded_files import Stamp, stamps
 from runtime.weights.native_readers import NativeReaders
 from runtime.weights.plan import Plan, PlannedParameter
 from runtime.weights.virtual_memory import VirtualMemory
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
+
+# The arena can be taken in pieces of this size, one while another is filled.
+_PIECE_BYTES = 1 << 30
 
 
 class DeviceWeights:
@@ -32,8 +38,10 @@ class DeviceWeights:
         self.plan = plan
         self._driver = driver
         self.gate = gate
-        self.memory = VirtualMemory(driver, max(1, plan.arena_bytes))
+        self.memory = VirtualMemory(driver, max(1, plan.arena_bytes), _PIECE_BYTES)
         self.address = self.memory.address
+        # Those of the files that the arena was filled from.
+        self.stamps: dict[Path, Stamp] = {}
 
     @property
     def num_bytes(self) -> int:
@@ -50,10 +58,13 @@ class DeviceWeights:
         most = readers.BUFFER_BYTES if library is None else native_readers.CHUNK_BYTES
         # The sort keeps the plan's order of what has the same turn.
         due = sorted(chunks_of(self.plan, most), key=lambda chunk: self.gate.turn(chunk.file, chunk.start))
+        # Of files that are all there, who changes one from here on makes it another one than was loaded.
+        before = stamps(self.plan.files, OPEN) if self.gate is OPEN else None
         if library is None:
             readers.upload(due, self.address, self._driver, self.gate, on_progress)
         else:
             NativeReaders(self._driver, library).upload(due, self.address, self.gate, on_progress)
+        self.stamps = stamps(self.plan.files, self.gate) if before is None else before
 
     def close(self) -> None:
         """Give the arena back; no view of it may be used any more."""

@@ -5,13 +5,15 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define MOST_COPIES 1024 /* that may be under way on a stream */
+
 typedef struct {
     char *target;
     const char *source;
     size_t width, height, source_pitch;
 } copy_t;
 typedef struct {
-    copy_t copies[64];
+    copy_t copies[MOST_COPIES];
     int begun, done;
 } stream_t;
 typedef struct {
@@ -32,19 +34,19 @@ typedef struct {
     size_t dst_pitch, width, height;
 } copy_2d_t;
 
-static atomic_size_t pinned;
-static atomic_int unpinned;
+static atomic_int left_pinned;
+static size_t downloaded;
 
 static int status(const char *call) {
     const char *fails = getenv("FAKE_DRIVER_FAILS");
     return fails && !strcmp(fails, call) ? 700 : 0;
 }
 
-static void begin(stream_t *stream, copy_t copy) { stream->copies[stream->begun++ % 64] = copy; }
+static void begin(stream_t *stream, copy_t copy) { stream->copies[stream->begun++ % MOST_COPIES] = copy; }
 
 static void finish(stream_t *stream, int until) {
     for (; stream->done < until; stream->done++) {
-        const copy_t *copy = &stream->copies[stream->done % 64];
+        const copy_t *copy = &stream->copies[stream->done % MOST_COPIES];
         for (size_t row = 0; row < copy->height; row++)
             memcpy(copy->target + row * copy->width, copy->source + row * copy->source_pitch, copy->width);
     }
@@ -104,13 +106,15 @@ int cuMemcpy2DAsync_v2(const copy_2d_t *copy, void *stream) {
 }
 int cuMemcpyDtoHAsync_v2(void *target, uint64_t source, size_t size, void *stream) {
     begin(stream, (copy_t){target, (const char *)(uintptr_t)source, size, 1, size});
+    downloaded += size;
     return 0;
 }
 int cuStreamSynchronize(stream_t *stream) { return finish(stream, stream->begun), 0; }
 int cuMemHostRegister_v2(void *memory, size_t size, unsigned flags) {
-    pinned += size;
-    return (void)memory, (void)flags, status("cuMemHostRegister_v2");
+    const int failed = status("cuMemHostRegister_v2");
+    if (!failed) left_pinned++;
+    return (void)memory, (void)size, (void)flags, failed;
 }
-int cuMemHostUnregister(void *memory) { return (void)memory, unpinned++, 0; }
-int fake_unpinned(void) { return unpinned; }
-size_t fake_pinned(void) { return pinned; }
+int cuMemHostUnregister(void *memory) { return (void)memory, left_pinned--, 0; }
+int fake_left_pinned(void) { return left_pinned; }
+size_t fake_downloaded(void) { return downloaded; }
