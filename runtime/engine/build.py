@@ -97,6 +97,7 @@ def build_engine(
         from runtime.engine.device_runner import DeviceRunner
 
         assert isinstance(memory, DeviceMemory)
+        decoder.before = memory.wait_for_weights
         runner = DeviceRunner(
             decoder, num_blocks, config.block_size, config.max_num_seqs, budget, max_model_len, dtype,
             memory,

@@ -17,6 +17,7 @@ from weakref import WeakSet
 
 import torch
 
+from runtime.engine.arriving import Arriving
 from runtime.engine.memory import available_bytes
 from runtime.engine.pace import uncollected
 from runtime.protocol import SleepLevel
@@ -100,7 +101,7 @@ class DeviceMemory:
         self._scratch = Pool(driver)
         self._arenas = [] if weights is None else [weights.memory]
         self._stream, self._clearing = driver.stream(), driver.stream()
-        self._filled = driver.event()
+        self._arriving = Arriving(driver)
         self._arena_copy: HostCopy | None = None
         self._derived_copy: HostCopy | None = None
         self._driver = driver
@@ -136,6 +137,10 @@ class DeviceMemory:
     def on_reload(self, work: Callable[[], object]) -> None:
         """See `Memory.on_reload`."""
         self._on_reload = work
+
+    def wait_for_weights(self, name: str) -> None:
+        """Before a step uses weights that may be on their way still; see `Arriving.wait_for`."""
+        self._arriving.wait_for(name)
 
     def prepare(self, level: SleepLevel, part: int, parts: int) -> None:
         """Keep a part of the weights; see `Memory.prepare`."""
@@ -196,21 +201,22 @@ class DeviceMemory:
                 f"The engine cannot wake. {error} Of the device's {total / 1e9:.1f} GB {free / 1e9:.1f} are "
                 "free: whatever else uses it must leave the engine the room that it had."
             ) from None
-        self._driver.record(self._filled, self._stream)
-        self._driver.hold(torch.cuda.current_stream().cuda_stream, self._filled)
         if self._weights is not None and not self._arena_is_kept:
             self._weights.load(lambda done: None)
+            self.wait_for_weights("")
             if self._on_reload is not None:
                 self._on_reload()
 
     def _take(self) -> None:
         """All memory; what was copied is on its way back while the rest is being mapped."""
+        assert self._derived_copy is not None
+        # A few megabytes, mostly, that are used everywhere.
+        filled = self._derived_copy.fill()
         if self._arena_copy is not None:
-            self._arena_copy.fill()
+            filled = self._arena_copy.fill() or filled
         for arena in self._arenas:
             arena.take()
-        assert self._derived_copy is not None
-        self._derived_copy.fill()
+        self._arriving.begin(filled, self._weights)
         for region in self._scratch.regions.values():
             region.take()
             self._driver.clear(region.address, region.num_bytes, self._clearing)

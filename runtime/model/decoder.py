@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -33,8 +33,11 @@ class CausalLM(Protocol):
     """What the engine runs: `Decoder`, or a model of another kind with the same interface.
 
     `capturable` says whether a decode step may be captured in a CUDA graph; `halves` is how long steps are
-    computed, None if like all others.
+    computed, None if like all others. `before` is called with the name of the weights that are used next, as
+    they may be on their way still: `embedding`, `layers.0` and so on, and any other name for all of them.
     """
+
+    before: Callable[[str], None]
 
     @property
     def config(self) -> ModelConfig: ...
@@ -101,6 +104,7 @@ class Decoder:
         group: Group | None = None,
     ) -> None:
         self.config = config if group is None else config.of_rank(group.world_size)
+        self.before: Callable[[str], None] = lambda name: None
         self.max_model_len = max_model_len
         self.embedding = Embedding(config, weights["embedding"][0], dtype, group)
         # A CPU's tapes hold no exchange with other ranks.
@@ -137,13 +141,16 @@ class Decoder:
 
     def forward(self, batch: PackedBatch, cache: Sequence[LayerCache]) -> torch.Tensor:
         """The logits after `batch.logits_rows`, [R, vocab_size] float32."""
+        self.before("embedding")
         residual = self.embedding(batch.token_ids)
         query_scale = self.query_scale(batch)
         x: torch.Tensor | Product | None = None
         *layers, last = zip(self.layers, cache, strict=True)
-        for layer, layer_cache in layers:
+        for index, (layer, layer_cache) in enumerate(layers):
+            self.before(f"layers.{index}")
             x = layer.attend(x, residual, batch, query_scale, layer_cache)
             x = layer.transform(x, residual)
+        self.before(f"layers.{len(layers)}")
         layer, layer_cache = last
         x = layer.attend(x, residual, batch, query_scale, layer_cache)
         if batch.logits_rows is not None and batch.logits_rows.shape[0] < residual.shape[0]:
@@ -157,6 +164,7 @@ class Decoder:
         if not residual.shape[0]:
             return residual.new_empty((0, self.config.vocab_size), dtype=torch.float32)
         x = self.layers[-1].transform(x, residual)
+        self.before("all")
         return self.head(self.norm(x, residual))
 
 

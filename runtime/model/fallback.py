@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ class FallbackDecoder:
     capturable = False
 
     def __init__(self, directory: Path, architecture: str, device: torch.device, dtype: torch.dtype) -> None:
+        self.before: Callable[[str], None] = lambda name: None
         self._where = directory / "config.json"
         self._model = _load(directory, architecture, device, dtype)
         self._name = f"firstlight_{next(_counter)}"
@@ -75,6 +76,7 @@ class FallbackDecoder:
 
     def forward(self, batch: PackedBatch, cache: Sequence[LayerCache]) -> torch.Tensor:
         """The logits after `batch.logits_rows`, [R, vocab_size] float32."""
+        self.before("all")
         rows = batch.logits_rows
         self._step = _Step(batch, cache)
         if rows is None or not self._takes_rows:

@@ -37,6 +37,7 @@ class Halves:
         """As `Decoder.forward` of both as one."""
         group, sums = self._decoder.group, self._sums
         assert group is not None
+        self._decoder.before("all")
         residuals = [self._decoder.embedding(batch.token_ids) for batch in batches]
         scales = [self._decoder.query_scale(batch) for batch in batches]
         phases = _phases(self._decoder, cache)

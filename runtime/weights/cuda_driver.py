@@ -100,6 +100,10 @@ class Driver:
         self.call("cuEventCreate", byref(event), _EVENT_NO_TIMING)
         return event
 
+    def destroy(self, event: c_void_p) -> None:
+        """Give back an event."""
+        self.call("cuEventDestroy_v2", event)
+
     def record(self, event: c_void_p, stream: c_void_p) -> None:
         """Note the present end of the stream's work."""
         self.call("cuEventRecord", event, stream)

@@ -37,6 +37,13 @@ class Extent(NamedTuple):
     chunk: Chunk | None = None
 
 
+class Filled(NamedTuple):
+    """Extents up to an address are there when the event is done."""
+
+    address: int
+    event: ctypes.c_void_p
+
+
 def extents_of_regions(regions: Sequence[VirtualMemory]) -> list[Extent]:
     """All that regions hold, whatever it is."""
     return [
@@ -108,19 +115,26 @@ class HostCopy:
             return None
         return self._files.descriptor(chunk.file)
 
-    def fill(self) -> None:
-        """Take the regions' memory, and begin to fill it: that is done when the stream is.
+    def fill(self) -> list[Filled]:
+        """Take the regions' memory, and begin to fill it; returns how that goes on, in the order of extents.
 
         Without a copy, only the memory is taken. Raises `ChangedFiles` if there is nothing to fill it with.
         """
         if self._files is not None:
             self._files.check()
-        for part in self._parts.values():
+        filled = []
+        for _, part in sorted(self._parts.items()):
+            end = 0
             for extent, address, is_as_in_file in part.kept():
                 self._take(extent)
                 self._copy(extent, address, extent.chunk if is_as_in_file else None)
+                end = max(end, extent.address + extent.num_bytes)
+            if end:
+                self._driver.record(part.filled, self._stream)
+                filled.append(Filled(end, part.filled))
         for region in self._regions:
             region.take()
+        return filled
 
     def _take(self, extent: Extent) -> None:
         """Take the memory up to the end of an extent: what comes behind can be taken while this is filled."""
@@ -170,6 +184,7 @@ class _Part:
         self._copied: list[Extent] = []
         self._memory: Pinned | None = None
         self._is_made = False
+        self.filled = driver.event()
         self._pinned: Future[None] = threads.submit(self._pin, extents)
 
     def _pin(self, extents: list[tuple[Extent, int | None]]) -> None:
@@ -213,3 +228,4 @@ class _Part:
         if self._memory is not None:
             self._memory.close()
             self._memory = None
+        self._driver.destroy(self.filled)
