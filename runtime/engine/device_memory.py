@@ -18,7 +18,7 @@ from weakref import WeakSet
 import torch
 
 from runtime.engine.arriving import Arriving
-from runtime.engine.memory import available_bytes
+from runtime.engine.memory import pinnable_bytes
 from runtime.engine.pace import uncollected
 from runtime.protocol import SleepLevel
 from runtime.weights.cuda_driver import CudaError, Driver
@@ -165,7 +165,7 @@ class DeviceMemory:
         Pages of files, which are room as long as they are not pinned, are none from then on.
         """
         needed = sum(arena.num_bytes for arena in self._arenas) + _HOST_RESERVE_BYTES
-        return available_bytes() // self._num_ranks > needed
+        return pinnable_bytes() // self._num_ranks > needed
 
     def _copy_of_arena(self) -> HostCopy:
         weights = self._weights

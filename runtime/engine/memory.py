@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from pathlib import Path
 
 import torch
@@ -40,22 +41,39 @@ def available_bytes() -> int:
 
     Pages that are only kept because they were read from files count as free, in either case.
     """
+    return _free_bytes(())
+
+
+def pinnable_bytes() -> int:
+    """Main memory that may still be pinned. Pages of files count as free unless some process has them mapped.
+
+    Those of models that sleep are mapped and pinned, and nothing tells them from pages that can be dropped.
+    """
+    return _free_bytes(("Mapped", "file_mapped"))
+
+
+def _free_bytes(kept: Container[str]) -> int:
+    """What the machine, and the container, have to give, without what these fields of theirs count."""
     available = 0
     for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            available = int(line.split()[1]) * 1024
+        name, value, *_ = line.replace(":", "").split()
+        if name == "MemAvailable":
+            available += int(value) * 1024
+        elif name in kept:
+            available -= int(value) * 1024
     limit = Path("/sys/fs/cgroup/memory.max")
     used = Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        available = min(available, max(0, int(text) - int(used.read_text()) + _file_bytes()))
-    return available
+        available = min(available, int(text) - int(used.read_text()) + _file_bytes(kept))
+    return max(0, available)
 
 
-def _file_bytes() -> int:
+def _file_bytes(kept: Container[str]) -> int:
     """What the container holds of files."""
     stat = Path("/sys/fs/cgroup/memory.stat")
     fields = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
-    return int(fields.get("active_file", 0)) + int(fields.get("inactive_file", 0))
+    total = int(fields.get("active_file", 0)) + int(fields.get("inactive_file", 0))
+    return total - sum(int(value) for name, value in fields.items() if name in kept)
 
 
 def cpu_num_blocks(kv_cache_bytes: int | None, bytes_per_block: int, most: int, num_ranks: int) -> int:
