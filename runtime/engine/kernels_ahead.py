@@ -59,7 +59,7 @@ from runtime.weights.sources.cache import default_cache_dir
 
 # Steps between whose kernels there is any difference, as (decoding sequences, lengths of new prompts).
 _STEPS: Sequence[tuple[int, tuple[int, ...]]] = (
-    (1, ()), (2, ()), (16, ()), (17, ()), (100, ()), (256, ()),
+    (1, ()), (2, ()), (16, ()), (17, ()), (100, ()), (160, ()), (256, ()),
     (0, (1,)), (0, (64,)), (0, (2048,)), (3, (40, 500)),
 )  # fmt: skip
 _SPLITS = (1, 2)

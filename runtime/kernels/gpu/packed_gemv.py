@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from runtime.kernels.gpu.activation import silu
-from runtime.kernels.gpu.language import tl, triton
+from runtime.kernels.gpu.language import INTERPRETED, tl, triton
 from runtime.kernels.gpu.launch import cdiv, kernel
 from runtime.kernels.gpu.packed_words import per_group, row_start, rows_of, word_shape
 from runtime.kernels.packed import PackedMatrix, dequantize_torch
@@ -36,6 +36,8 @@ class PackedGemvConfig:
 # They come as an argument because an instruction that takes some bits of a word and sets others can hold one
 # constant only.
 _MAGIC = {8: 0x4B000000, 4: 0x3F800000}
+# Instructions that put the i-th byte of $1 in the place of the last byte of $2.
+_PERMUTE = tuple(f"prmt.b32 $0, $1, $2, {0x7650 + index};" for index in range(4))
 # The fastest on an H100 for Qwen2.5-32B, by the bits of integers, 0 for e4m3, and whether they are gated.
 _CONFIGS = {
     (0, False): PackedGemvConfig(4, 1024, 4),
@@ -103,6 +105,7 @@ def packed_gemv(
             PER_SCALE=matrix.fields_per_scale,
             BLOCK_W=config.block_bytes // 4,
             RUN=config.run,
+            PERMUTE=_PERMUTE if matrix.bits == 8 and not INTERPRETED else None,
             **shape,
         )
     else:
@@ -136,6 +139,7 @@ def _words_kernel(
     HAS_ZEROS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GATED: tl.constexpr,
+    PERMUTE: tl.constexpr,
 ):
     RUNS: tl.constexpr = BLOCK_W // RUN
     FIELDS: tl.constexpr = 16 // BITS
@@ -165,10 +169,8 @@ def _words_kernel(
             if HAS_ZEROS:
                 x_sums += even + odd
             if BITS == 8:
-                # The bits are taken where they stand, which makes the values so much too large.
-                products += _value(words, magic, BITS, field) * (even * 0.5 ** (BITS * field))[:, None, :]
-                high_words = words >> 16
-                products += _value(high_words, magic, BITS, field) * (odd * 0.5 ** (BITS * field))[:, None, :]
+                products += _byte(words, magic, field, PERMUTE) * even[:, None, :]
+                products += _byte(words, magic, field + 2, PERMUTE) * odd[:, None, :]
             else:
                 low, high, size = _nibbles(words, magic, field)
                 products += low * (even * size)[:, None, :]
@@ -198,12 +200,15 @@ def _words_kernel(
 
 
 @triton.jit
-def _value(words, magic, BITS: tl.constexpr, FIELD_INDEX: tl.constexpr):
-    """The values in the i-th bits of the lower halves, times 2^(BITS i), in float32: 2^23 + n has n in its
-    last bits."""
-    mask: tl.constexpr = ((1 << BITS) - 1) << (BITS * FIELD_INDEX)
-    offset: tl.constexpr = 8388608 + (1 << (BITS * FIELD_INDEX + BITS - 1))
-    return ((words & mask) | magic).to(tl.float32, bitcast=True) - offset
+def _byte(words, magic, INDEX: tl.constexpr, PERMUTE: tl.constexpr):
+    """The values in the i-th byte of each word, in float32: 2^23 + n has n in its last bits."""
+    if PERMUTE is not None:
+        bits = tl.inline_asm_elementwise(
+            PERMUTE[INDEX], "=r,r,r", [words, magic], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        bits = ((words >> (8 * INDEX)) & 255) | magic
+    return bits.to(tl.float32, bitcast=True) - (8388608 + 128)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from runtime.engine import kernels_ahead
 from runtime.kernels.gpu.packed_config import (
     WORKSPACE_ELEMENTS,
     WORKSPACE_TILES,
@@ -20,6 +21,7 @@ from runtime.kernels.gpu.packed_dequantize import dequantize
 from runtime.kernels.gpu.packed_gemv import PackedGemvConfig, packed_gemv, packed_product_torch
 from runtime.kernels.gpu.packed_tiles import TileWorkspace, packed_tiles
 from runtime.kernels.packed import PackedMatrix, dequantize_torch, pack_words, unpack_words
+from runtime.kernels.packed_linear import DEQUANTIZE_ROWS
 from tests.runtime.kernels.packed_matrices import random_matrix
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -126,3 +128,15 @@ def test_shares_fit_the_workspace_and_the_gpu(kind: str, shape: tuple[int, int],
         if config.splits > 1:
             assert 0 < split <= WORKSPACE_TILES
             assert split * config.splits * config.block_m * config.block_n <= WORKSPACE_ELEMENTS
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
+def test_steps_that_are_compiled_ahead_have_every_tile(kind: str) -> None:
+    matrix = random_matrix(kind, 64, 4096, 128)
+
+    def tile(num_rows: int) -> TileConfig:
+        return replace(tile_config(matrix, num_rows, 132, 227 << 10), splits=1, whole=0)
+
+    steps = [num_decodes + sum(prompts) for num_decodes, prompts in kernels_ahead._STEPS]
+    ahead = {tile(num_rows) for num_rows in steps if 1 < num_rows < DEQUANTIZE_ROWS}
+    assert ahead == {tile(num_rows) for num_rows in range(2, DEQUANTIZE_ROWS)}
