@@ -47,9 +47,8 @@ def widening(bits: int, dtype: torch.dtype, scaled: bool) -> tuple[str, ...]:
     half, and_or, and_xor = dtype == torch.float16, "0xea", "0x6a"
     if half and bits == 8:
         steps = [
-            f"shr.u32 t, $1, {shift}; lop3.b32 t, t, 0x00ff00ff, 0x64006400, {and_or}; "
-            "mov.b32 u, 0x64806480; sub.f16x2 t, t, u;"
-            for shift in (0, 8)
+            f"mov.b32 u, 0x64646464; prmt.b32 t, $1, u, {bytes_}; mov.b32 u, 0x64806480; sub.f16x2 t, t, u;"
+            for bytes_ in ("0x4240", "0x4341")
         ]
     elif half:
         low = f"lop3.b32 t, t, 0x000f000f, 0x64006400, {and_or}; mov.b32 u, 0x64086408; sub.f16x2 t, t, u;"
