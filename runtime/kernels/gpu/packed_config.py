@@ -44,21 +44,29 @@ _FEW_ROWS = (
     (17, TileConfig(32, 64, 1, 4, 4), 4.0),
     (0, TileConfig(16, 64, 1, 4, 4), 4.8),
 )
-_WIDE = TileConfig(128, 256, 1, 8, 4, True, step=32)
+_MANY_ROWS = TileConfig(128, 128, 1, 8, 3, True, step=32)
 _TILES = {
-    0: ((65, replace(_WIDE, step=64), 1.0), *_FEW_ROWS),
+    0: ((65, replace(_MANY_ROWS, step=64), 1.0), *_FEW_ROWS),
     4: (
-        (65, replace(_WIDE, num_stages=3), 1.0),
+        (65, _MANY_ROWS, 1.0),
         (33, TileConfig(64, 128, 1, 8, 4), 1.0),
         (17, TileConfig(32, 64, 1, 4, 4), 4.0),
         (9, TileConfig(16, 64, 1, 4, 4), 4.8),
         (0, TileConfig(8, 32, 1, 2, 3), 12.0),
     ),
+    8: ((65, _MANY_ROWS, 1.0), *_FEW_ROWS),
+}
+# GPUs whose tensor cores multiply by themselves while a program goes on have this much shared memory, and
+# take larger tiles: weights need not wait in registers for their turn.
+_BY_THEMSELVES_SHARED_BYTES = 227 << 10
+_WIDE = TileConfig(128, 256, 1, 8, 4, True, step=32)
+_WIDE_TILES = {
+    0: ((65, replace(_WIDE, step=64), 1.0),),
+    4: ((65, replace(_WIDE, num_stages=3), 1.0),),
     8: (
         (193, _WIDE, 1.0),
         (129, TileConfig(64, 256, 1, 8, 3, True), 1.0),
         (65, TileConfig(128, 128, 1, 4, 4, True, step=32), 2.0),
-        *_FEW_ROWS,
     ),
 }
 
@@ -66,9 +74,10 @@ _TILES = {
 def tile_config(matrix: PackedMatrix, num_rows: int, num_sms: int, shared_bytes: int) -> TileConfig:
     """How a product of so many rows is cut up on a GPU of so many multiprocessors, on which a program may
     have so many bytes of shared memory."""
+    wide = _WIDE_TILES[matrix.bits] if shared_bytes >= _BY_THEMSELVES_SHARED_BYTES else ()
     shape, per_sm = next(
         (shape, per_sm)
-        for fewest_rows, shape, per_sm in _TILES[matrix.bits]
+        for fewest_rows, shape, per_sm in (*wide, *_TILES[matrix.bits])
         if not fewest_rows or (num_rows >= fewest_rows and tile_bytes(matrix, shape) <= shared_bytes)
     )
     tiles = cdiv(num_rows, shape.block_m) * cdiv(matrix.out_features, shape.block_n)

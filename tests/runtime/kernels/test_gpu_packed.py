@@ -131,11 +131,12 @@ def test_shares_fit_the_workspace_and_the_gpu(kind: str, shape: tuple[int, int],
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
-def test_steps_that_are_compiled_ahead_have_every_tile(kind: str) -> None:
+@pytest.mark.parametrize("shared_kib", [99, 163, 227])
+def test_steps_that_are_compiled_ahead_have_every_tile(kind: str, shared_kib: int) -> None:
     matrix = random_matrix(kind, 64, 4096, 128)
 
     def tile(num_rows: int) -> TileConfig:
-        return replace(tile_config(matrix, num_rows, 132, 227 << 10), splits=1, whole=0)
+        return replace(tile_config(matrix, num_rows, 132, shared_kib << 10), splits=1, whole=0)
 
     steps = [num_decodes + sum(prompts) for num_decodes, prompts in kernels_ahead._STEPS]
     ahead = {tile(num_rows) for num_rows in steps if 1 < num_rows < DEQUANTIZE_ROWS}
