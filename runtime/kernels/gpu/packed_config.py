@@ -61,12 +61,12 @@ _TILES = {
 _BY_THEMSELVES_SHARED_BYTES = 227 << 10
 _WIDE = TileConfig(128, 256, 1, 8, 4, True, step=32)
 _WIDE_TILES = {
-    0: ((65, replace(_WIDE, step=64), 1.0),),
+    0: ((65, TileConfig(128, 128, 1, 4, 3, True), 2.0),),
     4: ((65, replace(_WIDE, num_stages=3), 1.0),),
     8: (
         (193, _WIDE, 1.0),
         (129, TileConfig(64, 256, 1, 8, 3, True), 1.0),
-        (65, TileConfig(128, 128, 1, 4, 4, True, step=32), 2.0),
+        (65, _WIDE, 1.0),
     ),
 }
 
