@@ -126,7 +126,8 @@ ENGINE_FLAGS = (
     Flag(
         "max-num-batched-tokens",
         values.count,
-        "most tokens computed in one step (default: 8192 on a GPU, else 2048).",
+        "most tokens computed in one step (default: 8192 on a GPU, else 512; without chunked prefill at "
+        "least --max-model-len).",
         "TOKENS",
     ),
     Flag(

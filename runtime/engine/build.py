@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from runtime.parallel.group import Group
 
 Weights = Mapping[str, tuple[torch.Tensor, ...]]
-# On a CPU a step of this many prompt tokens takes seconds already; a GPU needs many to be busy.
-_MAX_NUM_BATCHED_TOKENS = {"cpu": 2048, "cuda": 8192}
+# Answers that run wait for a step with another's prompt. A CPU is as fast with this many tokens as with more,
+# and takes half a second for them with a small model; a GPU needs many to be busy.
+_MAX_NUM_BATCHED_TOKENS = {"cpu": 512, "cuda": 8192}
 _DTYPES = {
     "float32": torch.float32, "float": torch.float32, "float16": torch.float16, "half": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -70,8 +71,7 @@ def build_engine(
     if group is not None:
         group.prepare(shape.hidden_size, shape.vocab_size, dtype)
     max_model_len = _max_model_len(config, shape)
-    budget = config.max_num_batched_tokens or _MAX_NUM_BATCHED_TOKENS[device.type]
-    _check_budget(config, budget, max_model_len)
+    budget = _budget(config, device, max_model_len)
     most = config.max_num_seqs * -(-max_model_len // config.block_size)
     num_blocks = _num_blocks(config, shape, device, dtype, budget, most)
     if group is not None:
@@ -201,12 +201,17 @@ def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
     return asked
 
 
-def _check_budget(config: EngineConfig, budget: int, max_model_len: int) -> None:
-    if not config.enable_chunked_prefill and budget < max_model_len:
+def _budget(config: EngineConfig, device: torch.device, max_model_len: int) -> int:
+    """How many tokens a step may have."""
+    asked, least = config.max_num_batched_tokens, 0 if config.enable_chunked_prefill else max_model_len
+    if asked is None:
+        return max(least, _MAX_NUM_BATCHED_TOKENS[device.type])
+    if asked < least:
         raise SettingError(
-            f"--max-num-batched-tokens {budget} is less than --max-model-len "
+            f"--max-num-batched-tokens {asked} is less than --max-model-len "
             f"{max_model_len}: without chunked prefill, a step must be able to take a whole prompt."
         )
+    return asked
 
 
 def _num_blocks(

@@ -292,6 +292,19 @@ def test_a_length_that_nobody_asked_for_gives_way_to_a_long_prompt(tiny_model: P
             llm.generate("x" * 15, max_tokens=6)
 
 
+def test_without_chunked_prefill_a_step_takes_a_whole_prompt(endless_model: Path) -> None:
+    settings: Any = {"device": "cpu", "max_model_len": 1200, "enable_chunked_prefill": False}
+    prompt = "x" * 1100
+    with LLM(str(endless_model), **settings) as whole, LLM(str(endless_model), device="cpu") as chunked:
+        expected = chunked.generate(prompt, temperature=0, max_tokens=4)[0].token_ids
+        assert whole.generate(prompt, temperature=0, max_tokens=4)[0].token_ids == expected
+    with (
+        LLM(str(endless_model), **settings, max_num_batched_tokens=1199) as short,
+        pytest.raises(EngineUnavailable, match="a step must be able to take a whole prompt"),
+    ):
+        short.generate(prompt)
+
+
 def test_closing_ends_the_engine(tiny_model: Path) -> None:
     before = set(psutil.Process().children(recursive=True))
     with LLM(str(tiny_model), device="cpu", kv_cache_bytes=1 << 20) as llm:
