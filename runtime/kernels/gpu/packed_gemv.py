@@ -44,8 +44,8 @@ _CONFIGS = {
     (0, True): PackedGemvConfig(4, 1024, 4),
     (4, False): PackedGemvConfig(4, 512, 2, 2),
     (4, True): PackedGemvConfig(4, 512, 1, 4),
-    (8, False): PackedGemvConfig(4, 2048, 4, 4),
-    (8, True): PackedGemvConfig(8, 1024, 2, 4),
+    (8, False): PackedGemvConfig(4, 1024, 2, 4),
+    (8, True): PackedGemvConfig(4, 2048, 2, 8),
 }
 # Taking integers of 4 bits apart keeps plain arithmetic busier than reading them keeps the memory: from this
 # size on, the tensor cores are faster even if most of what they do is thrown away.
@@ -150,14 +150,15 @@ def _words_kernel(
     half: tl.constexpr = FIELD // 2
     rows_ptr = words_ptr + row_start(row, WORDS, half, ROW_BLOCK)[None, :, None]
     sums = tl.zeros((RUNS, BLOCK_N), tl.float32)
+    # Words come a block ahead: what is under way is what keeps the memory busy.
+    ahead = _words(rows_ptr, run, lane, inside, 0, WORDS, half, ROW_BLOCK, BLOCK_W)
     for start in tl.static_range(0, WORDS, BLOCK_W):
-        word = start + run[:, None] + lane
-        within = (word < WORDS) | (WORDS % BLOCK_W == 0)
-        mask = within[:, None, :] & inside[None, :, None]
+        words = ahead
+        if start + BLOCK_W < WORDS:
+            ahead = _words(rows_ptr, run, lane, inside, start + BLOCK_W, WORDS, half, ROW_BLOCK, BLOCK_W)
+        within = (start + run[:, None] + lane < WORDS) | (WORDS % BLOCK_W == 0)
         # A chunk of FIELDS * FIELD inputs is FIELD / 2 of these words, each of which is two of 16 bits.
         chunk, place = (start + run) // half, (start + run) % half
-        where = (chunk * (ROW_BLOCK * half) + place)[:, None] + lane
-        words = tl.load(rows_ptr + where[:, None, :], mask, other=0, eviction_policy="evict_first")
         products = tl.zeros((RUNS, BLOCK_N, RUN), tl.float32)
         x_sums = tl.zeros((RUNS, RUN), tl.float32)
         offsets = tl.zeros((RUNS, RUN), tl.float32)
@@ -197,6 +198,26 @@ def _words_kernel(
     if GROUPS == 1:
         y *= tl.load(scales_ptr + row, inside, other=0.0).to(tl.float32)
     _store(y, row, inside, bias_ptr, out_ptr, N, BLOCK_N, HAS_BIAS, GATED)
+
+
+@triton.jit
+def _words(
+    rows_ptr,
+    run,
+    lane,
+    inside,
+    start,
+    WORDS: tl.constexpr,
+    HALF: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """The words of some rows from one on, [runs, rows, words of a run]."""
+    within = (start + run[:, None] + lane < WORDS) | (WORDS % BLOCK_W == 0)
+    chunk, place = (start + run) // HALF, (start + run) % HALF
+    where = (chunk * (ROW_BLOCK * HALF) + place)[:, None] + lane
+    mask = within[:, None, :] & inside[None, :, None]
+    return tl.load(rows_ptr + where[:, None, :], mask, other=0, eviction_policy="evict_first")
 
 
 @triton.jit

@@ -45,3 +45,5 @@ def test_weights_mean_the_same(name: str, tmp_path: Path) -> None:
         (meant,) = expected[base]
         assert torch.equal(weight, meant)
         assert (matrix.zeros is not None) == ("zero points" in name or name == "AWQ")
+        for each in (matrix.scales, matrix.zeros):
+            assert each is None or (each if matrix.bits == 4 else each.t()).is_contiguous()
