@@ -8,12 +8,15 @@ import torch.nn.functional as F
 from runtime.kernels import native
 
 
-def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """[m, 2 n], gates then ups -> [m, n]: silu(gate) * up."""
+def silu_mul(gate_up: torch.Tensor, upcoming: torch.Tensor | None = None) -> torch.Tensor:
+    """[m, 2 n], gates then ups -> [m, n]: silu(gate) * up.
+
+    `upcoming` are weights that are read next; they may be fetched meanwhile.
+    """
     if gate_up.device.type == "cuda":
         from runtime.kernels.gpu import activation
 
-        return activation.silu_mul(gate_up, gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2)))
+        return activation.silu_mul(gate_up, _out(gate_up), upcoming)
     lib = native.library() if gate_up.device.type == "cpu" else None
     if lib is None:
         return silu_mul_torch(gate_up)
@@ -23,14 +26,18 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def gelu_tanh_mul(gate_up: torch.Tensor) -> torch.Tensor:
+def gelu_tanh_mul(gate_up: torch.Tensor, upcoming: torch.Tensor | None = None) -> torch.Tensor:
     """As `silu_mul` with GELU in its tanh approximation (Hendrycks and Gimpel, 2016)."""
     if gate_up.device.type == "cuda":
         from runtime.kernels.gpu import activation
 
-        return activation.gelu_tanh_mul(gate_up, gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2)))
+        return activation.gelu_tanh_mul(gate_up, _out(gate_up), upcoming)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.gelu(gate, approximate="tanh").mul_(up)
+
+
+def _out(gate_up: torch.Tensor) -> torch.Tensor:
+    return gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2))
 
 
 def silu_mul_torch(gate_up: torch.Tensor) -> torch.Tensor:

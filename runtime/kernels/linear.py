@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from runtime.kernels import native
-from runtime.kernels.activation import silu_mul
+from runtime.kernels.activation import gelu_tanh_mul, silu_mul
 from runtime.kernels.packed_linear import PackedLinear, packed_linear
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ _MAX_NATIVE_PARTS = 3
 _MAX_GEMV_ROWS = 8
 # But not with these [outputs, inputs], Llama-3-70B's on four H200s.
 _ONE_ROW_ONLY = {(2560, 8192)}
+# And only with these the activation is fused into products of several rows.
+_FUSED = {(14336, 8192)}
 
 
 class LinearWeights:
@@ -40,8 +42,10 @@ class LinearWeights:
         self.out_features = sum(weight.shape[0] for weight in self.weights)
         self.in_features = self.weights[0].shape[1]
         self.suits_gemv = self._is_one_narrow_matrix
-        one_row_only = (self.out_features, self.in_features) in _ONE_ROW_ONLY
-        self.max_gemv_rows = (1 if one_row_only else _MAX_GEMV_ROWS) if self.suits_gemv else 0
+        shape = self.out_features, self.in_features
+        most = 1 if shape in _ONE_ROW_ONLY else _MAX_GEMV_ROWS
+        self.max_gemv_rows = most if self.suits_gemv else 0
+        self.max_fused_rows = min(self.max_gemv_rows, most if shape in _FUSED else 1)
         # [in_features, out_features]
         self.transposed = self.weights[0].t() if self.suits_gemv else None
         self.lib = native.library() if self._suits_native() else None
@@ -142,16 +146,34 @@ def _gemv(x: torch.Tensor, weights: LinearWeights, dtype: torch.dtype) -> torch.
     return gemv(x, weights.weights[0], out, weights.biases[0])
 
 
-def silu_linear(x: torch.Tensor, weights: LinearWeights | PackedLinear) -> torch.Tensor:
-    """silu(gate) * up, both projections of x [m, in_features] fused in `weights` -> [m, out_features / 2]."""
+def silu_linear(
+    x: torch.Tensor, weights: LinearWeights | PackedLinear, upcoming: torch.Tensor | None = None
+) -> torch.Tensor:
+    """silu(gate) * up, both projections of x [m, in_features] fused in `weights` -> [m, out_features / 2].
+
+    `upcoming` are weights that are read next; they may be fetched meanwhile.
+    """
     if isinstance(weights, PackedLinear):
         return packed_linear(x, weights, with_silu_mul=True)
-    if weights.suits_gemv and x.shape[0] == 1:
-        from runtime.kernels.gpu.gemv import gemv
+    if 0 < x.shape[0] <= weights.max_fused_rows:
+        return _gated_gemv(x, weights, gelu=False)
+    return silu_mul(linear(x, weights), upcoming)
 
-        out = x.new_empty((1, weights.out_features // 2))
-        return gemv(x, weights.weights[0], out, weights.biases[0], silu_mul=True)
-    return silu_mul(linear(x, weights))
+
+def gelu_tanh_linear(
+    x: torch.Tensor, weights: LinearWeights | PackedLinear, upcoming: torch.Tensor | None = None
+) -> torch.Tensor:
+    """As `silu_linear` with GELU in its tanh approximation."""
+    if isinstance(weights, LinearWeights) and 0 < x.shape[0] <= weights.max_fused_rows:
+        return _gated_gemv(x, weights, gelu=True)
+    return gelu_tanh_mul(linear(x, weights), upcoming)
+
+
+def _gated_gemv(x: torch.Tensor, weights: LinearWeights, gelu: bool) -> torch.Tensor:
+    from runtime.kernels.gpu.gemv import gemv
+
+    out = x.new_empty((x.shape[0], weights.out_features // 2))
+    return gemv(x, weights.weights[0], out, weights.biases[0], silu_mul=not gelu, gelu_tanh_mul=gelu)
 
 
 def logits_of(x: torch.Tensor, weights: LinearWeights) -> torch.Tensor:

@@ -58,18 +58,31 @@ class CausalLM(Protocol):
 
 
 class DecoderLayer:
-    """Attention and MLP, each behind a norm and added to the residual stream."""
+    """Attention and MLP, each behind a norm and added to the residual stream.
+
+    `after` is the norm of what the layer before adds to it, if there is one.
+    """
 
     def __init__(
-        self, config: ModelConfig, weights: Weights, prefix: str, attention: Attention, group: Group | None
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        prefix: str,
+        attention: Attention,
+        group: Group | None,
+        after: OutputNorm | None,
     ) -> None:
         # Without norms of their own, the ranks' parts are added up by the norm that comes next.
         adds_up = None if f"{prefix}attention_output_norm" in weights else group
         self.attention = attention
         self.mlp = MLP(weights, prefix, config.activation, adds_bias(group))
-        self.attention_norm = RMSNorm(config, weights, f"{prefix}attention_norm", adds_up, attention.qkv)
+        self.attention_norm = RMSNorm(
+            config, weights, f"{prefix}attention_norm", adds_up, attention.qkv, after
+        )
         self.attention_output_norm = OutputNorm(config, weights, f"{prefix}attention_output_norm", group)
-        self.mlp_norm = RMSNorm(config, weights, f"{prefix}mlp_norm", adds_up, self.mlp.gate_up)
+        self.mlp_norm = RMSNorm(
+            config, weights, f"{prefix}mlp_norm", adds_up, self.mlp.gate_up, self.attention_output_norm
+        )
         self.mlp_output_norm = OutputNorm(config, weights, f"{prefix}mlp_output_norm", group)
 
     def attend(
@@ -113,7 +126,9 @@ class Decoder:
         # Where norms add up the ranks' parts, they are what the residual stream comes from.
         self.group = self.layers[-1].mlp_norm.group
         self.head = Head(config, weights, group)
-        self.norm = RMSNorm(config, weights, "norm", self.group, self.head.weights)
+        self.norm = RMSNorm(
+            config, weights, "norm", self.group, self.head.weights, self.layers[-1].mlp_output_norm
+        )
         sums = None if self.group is None else self.group.halves
         self.halves = None if sums is None else Halves(self, sums)
         self.log_n: torch.Tensor | None = None
@@ -189,7 +204,7 @@ def _layers(
 
     everywhere = config.rope, table(config.rope)
     in_windows = (config.local_rope, table(config.local_rope)) if config.local_rope else everywhere
-    layers = []
+    layers: list[DecoderLayer] = []
     for index, window in enumerate(config.windows or (0,) * config.num_layers):
         prefix = f"layers.{index}."
         # A window that nothing served is longer than hides nothing.
@@ -198,5 +213,6 @@ def _layers(
         rope, cos_sin = in_windows if window else everywhere
         interleaved = rope is not None and rope.interleaved
         attention = Attention(config, weights, prefix, form, cos_sin, interleaved, adds_bias(group))
-        layers.append(DecoderLayer(config, weights, prefix, attention, group))
+        after = layers[-1].mlp_output_norm if layers else None
+        layers.append(DecoderLayer(config, weights, prefix, attention, group, after))
     return layers

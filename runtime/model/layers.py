@@ -9,11 +9,17 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from runtime.kernels.activation import gelu_tanh_mul
 from runtime.kernels.attention import AttentionForm, attention
 from runtime.kernels.batch import PackedBatch
 from runtime.kernels.embedding import embedding
-from runtime.kernels.linear import LinearWeights, Product, linear, logits_of, silu_linear
+from runtime.kernels.linear import (
+    LinearWeights,
+    Product,
+    gelu_tanh_linear,
+    linear,
+    logits_of,
+    silu_linear,
+)
 from runtime.kernels.norm import add_rms_norm, head_rms_norm
 from runtime.kernels.packed import PackedMatrix
 from runtime.kernels.packed_linear import PackedLinear
@@ -97,7 +103,7 @@ class Embedding:
 class RMSNorm:
     """Residual addition and RMSNorm in one pass. With a group, x is a rank's part of what is added.
 
-    `before` is the projection that the result goes to.
+    `before` is the projection that the result goes to. `after` is what stands between x and the addition.
     """
 
     def __init__(
@@ -107,36 +113,38 @@ class RMSNorm:
         name: str,
         group: Group | None = None,
         before: LinearWeights | PackedLinear | None = None,
+        after: OutputNorm | None = None,
     ) -> None:
         self.weight = norm_weight(config, weights, name)
         self.eps = config.rms_norm_eps
         self.group = group
         self.upcoming = None if before is None else before.read_first
+        self.x_weight = None if after is None else after.weight
 
     def __call__(self, x: torch.Tensor | Product | None, residual: torch.Tensor) -> torch.Tensor:
         """residual += x in place; returns the normed residual. All [T, hidden_size]."""
         if isinstance(x, Product):
             assert self.group is not None
             return self.group.add_rms_norm(x, residual, self.weight, self.eps, self.upcoming)
-        return add_rms_norm(x, residual, self.weight, self.eps)
+        return add_rms_norm(x, residual, self.weight, self.eps, self.x_weight, self.upcoming)
 
 
 class OutputNorm:
     """RMSNorm of what attention or MLP adds to the residual, for checkpoints that have one there.
 
-    Where there is none, x stays what it is: in a group, a rank's part of a sum, not computed yet.
+    The `RMSNorm` that comes next computes it, in the same pass. In a group it is a norm of the ranks' sum;
+    where there is none, x stays what it is: a rank's part of a sum, not computed yet.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights, name: str, group: Group | None) -> None:
-        self.norm = RMSNorm(config, weights, name) if name in weights else None
+        self.weight = norm_weight(config, weights, name) if name in weights else None
         self.group = group
 
     def __call__(self, x: Product) -> torch.Tensor | Product:
-        """[T, hidden_size] -> [T, hidden_size]"""
-        if self.norm is None:
-            return x.compute() if self.group is None else x
-        computed = x.compute()
-        return self.norm(None, computed if self.group is None else self.group.all_reduce(computed))
+        """What is to be normed and added, [T, hidden_size]."""
+        if self.group is None:
+            return x.compute()
+        return x if self.weight is None else self.group.all_reduce(x.compute())
 
 
 def norm_weight(config: ModelConfig, weights: Weights, name: str) -> torch.Tensor:
@@ -210,10 +218,8 @@ class MLP:
 
         `between` is called after the first product.
         """
-        if self.activation == "silu":
-            gated = silu_linear(x, self.gate_up)
-        else:
-            gated = gelu_tanh_mul(linear(x, self.gate_up))
+        multiply = silu_linear if self.activation == "silu" else gelu_tanh_linear
+        gated = multiply(x, self.gate_up, self.down.read_first)
         if between is not None:
             between()
         return Product(gated, self.down)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
 
-from runtime.kernels.gpu.gemv import gemv
+from runtime.kernels.gpu.gemv import GemvConfig, gemv
 
 pytestmark = pytest.mark.gpu
 LAYERS = {
@@ -81,3 +81,35 @@ def test_the_same_every_time_and_in_a_graph(num_rows: int) -> None:
         out.zero_()
         graph.replay()
         assert torch.equal(out, first)
+
+
+@pytest.mark.parametrize("num_rows", [1, 8])
+@pytest.mark.parametrize("inputs", [4096, 3608, 1001])
+def test_what_is_asked_for_ahead_changes_nothing(num_rows: int, inputs: int) -> None:
+    """In a chain of products, each of which begins to read weights before the one before is through."""
+    torch.manual_seed(0)
+    weights = (torch.randn(40, inputs, inputs, device="cuda") / inputs**0.5).bfloat16()
+    x = torch.randn(num_rows, inputs, device="cuda").bfloat16()
+    plain, ahead = (
+        GemvConfig(2, 2048, 4, 1, count) if num_rows == 1 else GemvConfig(64, 128, 4, 4, 2 * count)
+        for count in (0, 300)
+    )
+
+    def chain(config: GemvConfig) -> torch.Tensor:
+        y = x
+        for weight in weights:
+            y = gemv(y, weight, torch.empty_like(y), config=config)
+        return y
+
+    expected = x
+    for weight in weights:
+        torch.cuda.synchronize()
+        expected = gemv(expected, weight, torch.empty_like(x), config=plain)
+    assert torch.equal(chain(ahead), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = chain(ahead)
+    for _ in range(20):
+        found.zero_()
+        graph.replay()
+        assert torch.equal(found, expected)

@@ -12,6 +12,10 @@ the device, for each row, so that nothing of this depends on the host, or on a C
 
 Programs wait for programs of the same row on other GPUs. All begin with the first rows, so the first row that
 is not through is under way everywhere.
+
+The kernel that follows a sum may start early (see `early.py`); the sum itself does not. Were it to, it would
+have to wait for what was launched before it ahead of its first access to any inbox: only then is the slot
+that the sum before this one filled with marks full of them for the other ranks.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from typing import Any
 
 import torch
 
+from runtime.kernels.gpu.early import can_start_early, let_next_start
 from runtime.kernels.gpu.inboxes import GATHER_BLOCK, SLOTS, Inboxes
 from runtime.kernels.gpu.language import tl, triton
 from runtime.kernels.gpu.launch import cdiv, kernel, next_power_of_2
@@ -97,6 +102,7 @@ def _add_up(
         BLOCK=block,
         NORM=norm is not None,
         PREFETCH=CHUNK_BYTES if extra else 0,
+        EARLY=can_start_early(),
         num_warps=num_warps,
         **constants,
     )
@@ -221,7 +227,9 @@ def _one_shot_kernel(
     NORM: tl.constexpr,
     PREFETCH: tl.constexpr,
     SENT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    let_next_start(EARLY)
     row = tl.program_id(0)
     if PREFETCH:
         if row >= num_rows:
@@ -276,7 +284,9 @@ def _two_shot_kernel(
     BLOCK: tl.constexpr,
     NORM: tl.constexpr,
     PREFETCH: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    let_next_start(EARLY)
     row = tl.program_id(0)
     if PREFETCH:
         if row >= num_rows:

@@ -19,6 +19,7 @@ from runtime.kernels.gpu.attention_tile import (
     attend_torch,
     merge_splits,
 )
+from runtime.kernels.gpu.early import begin, early_launch
 from runtime.kernels.gpu.language import tl, triton
 from runtime.kernels.gpu.launch import kernel, next_power_of_2
 
@@ -105,7 +106,9 @@ def _decode_kernel(
     WINDOW: tl.constexpr,
     MERGE_ROWS: tl.constexpr,
     MERGE_CHUNK: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
+    begin(EARLY)
     head = tl.program_id(0)
     row = tl.program_id(1)
     split = tl.program_id(2)
@@ -228,6 +231,7 @@ def paged_decode(
         MERGE_CHUNK=max(1, min(16, room // (merge_rows * padded_dim))),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **early_launch(),
     )  # fmt: skip
     return out
 

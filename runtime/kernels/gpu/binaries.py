@@ -28,7 +28,7 @@ _FORMATS = {
     "u64": "Q", "fp32": "f", "f32": "f", "fp64": "d",
 }  # fmt: skip
 # What launching a kernel may take more.
-_SPECIAL = ("launch_cooperative_grid", "launch_pdl", "global_scratch_size", "profile_scratch_size")
+_SPECIAL = ("launch_cooperative_grid", "global_scratch_size", "profile_scratch_size")
 # Environment variables of Triton's that change nothing about what it compiles; its settings become some, too.
 _HARMLESS = {
     *("TRITON_CACHE_DIR", "TRITON_HOME", "TRITON_INTERPRET"),
@@ -45,6 +45,7 @@ class Binary:
     shared   bytes of shared memory that a launch asks for
     passed   which of the arguments the code takes, the others being compiled in
     formats  the type of each, as `struct` calls it
+    early    whether it may start before what was launched before it is through; see `early.py`
     """
 
     symbol: str
@@ -52,6 +53,7 @@ class Binary:
     shared: int
     passed: tuple[int, ...]
     formats: str
+    early: bool
     code: bytes
 
     @staticmethod
@@ -70,6 +72,7 @@ class Binary:
             metadata.shared,
             tuple(passed),
             "".join(map(str, formats)),
+            bool(getattr(metadata, "launch_pdl", False)),
             compiled.asm["cubin"],
         )
 

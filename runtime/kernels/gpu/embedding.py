@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from runtime.kernels.gpu.early import begin, early_launch
 from runtime.kernels.gpu.language import tl, triton
 from runtime.kernels.gpu.launch import cdiv, kernel
 
@@ -29,6 +30,7 @@ def embedding(
         HIDDEN_SIZE=hidden_size,
         BLOCK=_BLOCK,
         num_warps=4,
+        **early_launch(),
     )
     return out
 
@@ -44,7 +46,9 @@ def _embedding_kernel(
     scale,
     HIDDEN_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < HIDDEN_SIZE

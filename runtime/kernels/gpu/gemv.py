@@ -13,11 +13,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from runtime.kernels.gpu.activation import silu
+from runtime.kernels.gpu.activation import gelu_tanh, silu
 from runtime.kernels.gpu.all_reduce import send
+from runtime.kernels.gpu.early import begin, early_launch
 from runtime.kernels.gpu.inboxes import Inboxes
 from runtime.kernels.gpu.language import tl, triton
 from runtime.kernels.gpu.launch import cdiv, kernel
+from runtime.kernels.gpu.prefetch import prefetch_rows
 
 MAX_ROWS = 16
 _PADDED_ROWS = tl.constexpr(16)
@@ -25,12 +27,18 @@ _PADDED_ROWS = tl.constexpr(16)
 
 @dataclass(frozen=True, slots=True)
 class GemvConfig:
-    """How a product is cut up: block_n outputs a program, block_k inputs at a time."""
+    """How a product is cut up: block_n outputs a program, block_k inputs at a time.
+
+    ahead  of one row: so many programs, the first, ask for the weights of as many others, which there is no
+           place for yet; of several: for how many inputs a program asks for before
+           what it multiplies them with is there
+    """
 
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
+    ahead: int = 0
 
 
 # The fastest on an H200 for most of Llama-3-8B: `scripts/bench/kernels.py --only products --sweep`.
@@ -44,13 +52,19 @@ _CONFIGS = {
     (6144, 4096, False): GemvConfig(64, 128, 4, 5),
     (28672, 4096, False): GemvConfig(64, 128, 4, 4),
     (128256, 4096, False): GemvConfig(64, 128, 4, 4),
-    # Llama-3-70B on four H200s.
-    (2560, 8192, True): GemvConfig(2, 4096, 8, 1),
-    (14336, 8192, True): GemvConfig(1, 4096, 4, 1),
-    (8192, 7168, True): GemvConfig(1, 4096, 4, 1),
+    # Llama-3-70B on four H200s: one row has all its weights on the way before x is there.
+    (2560, 8192, True): GemvConfig(1, 8192, 4, 1),
+    (8192, 2048, True): GemvConfig(2, 2048, 4, 1),
+    (14336, 8192, True): GemvConfig(1, 8192, 4, 1),
+    (8192, 7168, True): GemvConfig(1, 8192, 4, 1),
     (8192, 2048, False): GemvConfig(64, 128, 4, 6),
     (14336, 8192, False): GemvConfig(64, 128, 4, 4),
     (8192, 7168, False): GemvConfig(64, 128, 4, 6),
+    # Llama-3-8B on two.
+    (3072, 4096, True): GemvConfig(1, 4096, 4, 1),
+    (4096, 2048, True): GemvConfig(2, 2048, 4, 1),
+    (14336, 4096, True): GemvConfig(1, 4096, 4, 1),
+    (4096, 7168, True): GemvConfig(1, 8192, 4, 1),
 }
 
 
@@ -68,10 +82,13 @@ def gemv(
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     silu_mul: bool = False,
+    gelu_tanh_mul: bool = False,
     config: GemvConfig | None = None,
     inboxes: Inboxes | None = None,
 ) -> torch.Tensor:
     """out = x W^T + bias + residual, or with `silu_mul` silu(gate) * up of its two halves + residual.
+
+    `gelu_tanh_mul` is the same with GELU in its tanh approximation.
 
     x         [m, in_features], 1 <= m <= MAX_ROWS
     weight    [out_features, in_features] of x's dtype; with silu_mul all rows of the gate, then of the up
@@ -87,8 +104,9 @@ def gemv(
     out_features = weight.shape[0]
     if not 1 <= num_rows <= MAX_ROWS:
         raise ValueError(f"gemv takes 1 to {MAX_ROWS} rows, not {num_rows}")
-    config = config or gemv_config(out_features, in_features, num_rows, silu_mul)
-    outputs = out_features // 2 if silu_mul else out_features
+    gated = silu_mul or gelu_tanh_mul
+    config = config or gemv_config(out_features, in_features, num_rows, gated)
+    outputs = out_features // 2 if gated else out_features
     operands = (
         x,
         weight,
@@ -103,16 +121,21 @@ def gemv(
         if inboxes is None
         else (inboxes.addresses, inboxes.turns, inboxes.rank, inboxes.max_rows)
     )
+    launched = early_launch()
     shape = {
         "K": in_features,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "HAS_BIAS": bias is not None,
         "HAS_RESIDUAL": residual is not None,
-        "GATED": silu_mul,
         "WORLD_SIZE": 1 if inboxes is None else inboxes.world_size,
+        "GATED": gated,
+        "GELU": gelu_tanh_mul,
+        # What is asked for is counted in runs of 16 bytes.
+        "AHEAD": config.ahead if launched["EARLY"] and in_features % 8 == 0 else 0,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
+        **launched,
     }
     grid = (cdiv(outputs, config.block_n),)
     if num_rows == 1:
@@ -120,6 +143,17 @@ def gemv(
     else:
         _few_rows_kernel[grid](*operands, *there, num_rows, **shape)
     return out
+
+
+@triton.jit
+def _ask_for(
+    weight_ptr, first, N, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GATED: tl.constexpr
+):
+    """Have weights of some outputs on their way, from `first` on: of each those of the first inputs."""
+    size: tl.constexpr = weight_ptr.dtype.element_ty.primitive_bitwidth // 8
+    prefetch_rows(weight_ptr, first, N, K * size, ROWS, COLUMNS * size)
+    if GATED:
+        prefetch_rows(weight_ptr + N.to(tl.int64) * K, first, N, K * size, ROWS, COLUMNS * size)
 
 
 @kernel
@@ -142,23 +176,33 @@ def _one_row_kernel(
     HAS_RESIDUAL: tl.constexpr,
     GATED: tl.constexpr,
     WORLD_SIZE: tl.constexpr,
+    GELU: tl.constexpr,
+    AHEAD: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column = tl.arange(0, BLOCK_K)
     inside = output < N
     rows_ptr = weight_ptr + output[:, None].to(tl.int64) * K + column[None, :]
     up_rows_ptr = weight_ptr + (output + N)[:, None].to(tl.int64) * K + column[None, :]
+    if AHEAD:
+        if tl.program_id(0) < AHEAD:
+            _ask_for(weight_ptr, (tl.program_id(0) + AHEAD) * BLOCK_N, N, K, BLOCK_N, K, GATED)
     # Each lane adds up its own columns; the lanes are added once, after the last of them.
     sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     up_sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for start in tl.static_range(0, K, BLOCK_K):
         within = (column + start < K) | (K % BLOCK_K == 0)
         mask = inside[:, None] & within[None, :]
-        x = tl.load(x_ptr + start + column, within, other=0.0).to(tl.float32)[None, :]
         weight = tl.load(rows_ptr + start, mask, other=0.0, eviction_policy="evict_first")
-        sums += weight.to(tl.float32) * x
         if GATED:
             up = tl.load(up_rows_ptr + start, mask, other=0.0, eviction_policy="evict_first")
+        if start == 0:
+            # The first weights are on their way before x is there.
+            begin(EARLY)
+        x = tl.load(x_ptr + start + column, within, other=0.0).to(tl.float32)[None, :]
+        sums += weight.to(tl.float32) * x
+        if GATED:
             up_sums += up.to(tl.float32) * x
     y = tl.sum(sums, 1)
     if HAS_BIAS:
@@ -167,7 +211,7 @@ def _one_row_kernel(
         up_y = tl.sum(up_sums, 1)
         if HAS_BIAS:
             up_y += tl.load(bias_ptr + N + output, inside, other=0.0).to(tl.float32)
-        y = silu(y) * up_y
+        y = (gelu_tanh(y) if GELU else silu(y)) * up_y
     if HAS_RESIDUAL:
         y += tl.load(residual_ptr + output, inside, other=0.0).to(tl.float32)
     if WORLD_SIZE > 1:
@@ -198,6 +242,9 @@ def _few_rows_kernel(
     HAS_RESIDUAL: tl.constexpr,
     GATED: tl.constexpr,
     WORLD_SIZE: tl.constexpr,
+    GELU: tl.constexpr,
+    AHEAD: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column = tl.arange(0, BLOCK_K)
@@ -208,6 +255,9 @@ def _few_rows_kernel(
     x_columns_ptr = x_ptr + row[None, :] * K + column[:, None]
     sums = tl.zeros((BLOCK_N, _PADDED_ROWS), tl.float32)
     up_sums = tl.zeros((BLOCK_N, _PADDED_ROWS), tl.float32)
+    if AHEAD:
+        _ask_for(weight_ptr, tl.program_id(0) * BLOCK_N, N, K, BLOCK_N, min(AHEAD, K), GATED)
+    begin(EARLY)
     for start in range(0, K, BLOCK_K):
         within = (column + start < K) | (K % BLOCK_K == 0)
         mask = inside[:, None] & within[None, :]
@@ -222,7 +272,7 @@ def _few_rows_kernel(
     if GATED:
         if HAS_BIAS:
             up_sums += tl.load(bias_ptr + N + output, inside, other=0.0).to(tl.float32)[:, None]
-        sums = silu(sums) * up_sums
+        sums = (gelu_tanh(sums) if GELU else silu(sums)) * up_sums
     cell = row[None, :] * N + output[:, None]
     mask = inside[:, None] & (row < num_rows)[None, :]
     if HAS_RESIDUAL:
@@ -243,10 +293,11 @@ def gemv_torch(
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     silu_mul: bool = False,
+    gelu_tanh_mul: bool = False,
 ) -> torch.Tensor:
     """The plain twin of `gemv`."""
     y = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
-    if silu_mul:
+    if silu_mul or gelu_tanh_mul:
         gate, up = y.chunk(2, dim=-1)
-        y = F.silu(gate) * up
+        y = (F.gelu(gate, approximate="tanh") if gelu_tanh_mul else F.silu(gate)) * up
     return out.copy_(y if residual is None else y + residual.float())

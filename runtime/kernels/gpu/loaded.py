@@ -22,6 +22,22 @@ _PREFER_SHARED = 1  # CU_FUNC_CACHE_PREFER_SHARED
 # What every kernel may have without asking for it.
 _PLAIN_SHARED_BYTES = 48 << 10
 _POINTER_BYTES = 8
+_START_EARLY = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute: the number of an attribute, and its value in as much room as any takes."""
+
+    _fields_ = [("id", c_int), ("_pad", c_int), ("value", c_int), ("_room", c_int * 15)]
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [
+        ("grid", c_uint * 3), ("block", c_uint * 3), ("shared", c_uint), ("stream", c_void_p),
+        ("attributes", c_void_p), ("num_attributes", c_uint),
+    ]  # fmt: skip
 
 
 class CannotLoad(Exception):
@@ -60,6 +76,7 @@ class Loaded:
             _call("cuFuncSetAttribute", self._function, _MAX_DYNAMIC_SHARED, c_int(binary.shared))
         self._threads, self._shared = binary.threads, binary.shared
         self._launch = _driver().cuLaunchKernel
+        self._early = _Early(self._function, binary) if binary.early else None
         self._layout, size = self._laid_out(binary.formats)
         self._buffer = ctypes.create_string_buffer(size)
         self._size = c_size_t(size)
@@ -104,9 +121,37 @@ class Loaded:
             each.data_ptr() if isinstance(each, torch.Tensor) else each for each in self._pick(arguments)
         ]
         self._layout.pack_into(self._buffer, 0, *values)
-        status = self._launch(
-            self._function, *grid, self._threads, 1, 1, self._shared,
-            torch._C._cuda_getCurrentRawStream(0), None, self._extra,
-        )  # fmt: skip
+        stream = torch._C._cuda_getCurrentRawStream(0)
+        if self._early is not None:
+            status = self._early.launch(grid, stream, self._extra)
+        else:
+            status = self._launch(
+                self._function, *grid, self._threads, 1, 1, self._shared, stream, None, self._extra
+            )
         if status:
             raise RuntimeError(f"A kernel could not be launched (cuLaunchKernel: {status}).")
+
+
+class _Early:
+    """How a kernel is launched that may start before what was launched before it is through."""
+
+    def __init__(self, function: c_void_p, binary: Binary) -> None:
+        try:
+            self._launch = _driver().cuLaunchKernelEx
+        except AttributeError:
+            raise CannotLoad("this driver has no cuLaunchKernelEx") from None
+        self._function = function
+        self._attribute = _Attribute(id=_START_EARLY, value=1)
+        self._config = _Config(
+            block=(binary.threads, 1, 1),
+            shared=binary.shared,
+            attributes=ctypes.addressof(self._attribute),
+            num_attributes=1,
+        )
+
+    def launch(self, grid: tuple[int, ...], stream: int, extra: Any) -> int:
+        """The driver's status."""
+        self._config.grid[:] = grid
+        self._config.stream = stream
+        status: int = self._launch(byref(self._config), self._function, None, extra)
+        return status

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from runtime.kernels.gpu.early import begin, early_launch
 from runtime.kernels.gpu.language import tl, triton
 from runtime.kernels.gpu.launch import cdiv, kernel, next_power_of_2
+from runtime.kernels.gpu.prefetch import CHUNK_BYTES, prefetch, prefetch_programs, worth_fetching
 
 # How many elements of a token one program norms at once, of queries and keys: a power of two.
 _TILE = 2048
@@ -18,50 +20,85 @@ def add_rms_norm(
     eps: float,
     out: torch.Tensor,
     gemma: bool = False,
+    x_weight: torch.Tensor | None = None,
+    upcoming: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """residual += x in place (unless x is None); out = residual / rms(residual) * weight.
 
+    With `x_weight` [hidden_size] float32, it is x / rms(x) * x_weight that is added, rounded before that.
+
     x, residual and out are contiguous [m, hidden_size], weight is [hidden_size] of any floating type.
     Gemma's checkpoints store what the weight is off from one, so there out is scaled by 1 + weight. All
-    arithmetic is float32, rounded once. Returns out.
+    arithmetic is float32, rounded once. `upcoming` are weights that the product after this begins to read,
+    which may be fetched meanwhile. Returns out.
     """
     m, hidden_size = residual.shape
     block = next_power_of_2(hidden_size)
-    _add_rms_norm_kernel[(m,)](
+    num_warps = min(16, max(4, block // 512))
+    upcoming = worth_fetching(upcoming, m)
+    extra, stride = prefetch_programs(upcoming, num_warps)
+    _add_rms_norm_kernel[(m + extra,)](
         residual if x is None else x,
         residual,
         weight,
+        weight if x_weight is None else x_weight,
         out,
+        residual if upcoming is None else upcoming,
         eps,
+        m,
+        stride,
         HIDDEN_SIZE=hidden_size,
         BLOCK=block,
         HAS_X=x is not None,
+        NORMS_X=x_weight is not None,
         GEMMA=gemma,
-        num_warps=min(16, max(4, block // 512)),
+        PREFETCH=CHUNK_BYTES if extra else 0,
+        num_warps=num_warps,
+        **early_launch(),
     )
     return out
 
 
 @kernel
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "stride"])
 def _add_rms_norm_kernel(
     x_ptr,
     residual_ptr,
     weight_ptr,
+    x_weight_ptr,
     out_ptr,
+    upcoming_ptr,
     eps,
+    num_rows,
+    stride,
     HIDDEN_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_X: tl.constexpr,
+    NORMS_X: tl.constexpr,
     GEMMA: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    start = tl.program_id(0).to(tl.int64) * HIDDEN_SIZE
+    row = tl.program_id(0)
+    if PREFETCH:
+        if row >= num_rows:
+            prefetch(upcoming_ptr, row - num_rows, stride, PREFETCH)
+            return
+    start = row.to(tl.int64) * HIDDEN_SIZE
     column = tl.arange(0, BLOCK)
     mask = column < HIDDEN_SIZE
-    residual = tl.load(residual_ptr + start + column, mask, other=0.0)
     weight = tl.load(weight_ptr + column, mask, other=0.0).to(tl.float32)
+    x_weight = weight
+    if NORMS_X:
+        x_weight = tl.load(x_weight_ptr + column, mask, other=0.0)
+    begin(EARLY)
+    residual = tl.load(residual_ptr + start + column, mask, other=0.0)
     if HAS_X:
         x = tl.load(x_ptr + start + column, mask, other=0.0)
+        if NORMS_X:
+            wide_x = x.to(tl.float32)
+            x_scale = 1.0 / tl.sqrt(tl.sum(wide_x * wide_x, 0) / HIDDEN_SIZE + eps)
+            x = (wide_x * x_scale * x_weight).to(x.dtype)
         residual = (residual.to(tl.float32) + x.to(tl.float32)).to(residual.dtype)
         tl.store(residual_ptr + start + column, residual, mask)
     wide = residual.to(tl.float32)
@@ -78,10 +115,11 @@ def add_rms_norm_torch(
     eps: float,
     out: torch.Tensor,
     gemma: bool = False,
+    x_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The plain twin of `add_rms_norm`."""
     if x is not None:
-        residual += x
+        residual += x if x_weight is None else add_rms_norm_torch(None, x, x_weight, eps, torch.empty_like(x))
     wide = residual.float()
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     out.copy_(wide * scale * (weight.float() + 1.0 if gemma else weight.float()))
@@ -114,6 +152,7 @@ def head_rms_norm(
         PADDED_DIM=padded_dim,
         HEADS=heads_per_program,
         num_warps=4,
+        **early_launch(),
     )
 
 
@@ -130,14 +169,16 @@ def _head_rms_norm_kernel(
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     HEADS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     dim = tl.arange(0, PADDED_DIM)[None, :]
     mask = (head < NUM_NORMED) & (dim < HEAD_DIM)
     cell = qkv_ptr + token * ROW + head * HEAD_DIM + dim
-    x = tl.load(cell, mask, other=0.0).to(tl.float32)
     q_weight = tl.load(q_weight_ptr + dim, dim < HEAD_DIM, other=0.0).to(tl.float32)
     k_weight = tl.load(k_weight_ptr + dim, dim < HEAD_DIM, other=0.0).to(tl.float32)
+    begin(EARLY)
+    x = tl.load(cell, mask, other=0.0).to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(x * x, 1) / HEAD_DIM + eps)
     tl.store(cell, x * scale[:, None] * tl.where(head < NUM_HEADS, q_weight, k_weight), mask)

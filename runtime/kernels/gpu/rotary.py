@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from runtime.kernels.gpu.early import begin, early_launch
 from runtime.kernels.gpu.language import tl, triton
 from runtime.kernels.gpu.launch import cdiv, kernel, next_power_of_2
 
@@ -56,6 +57,7 @@ def rotary_store(
         HEADS=heads_per_program,
         INTERLEAVED=interleaved,
         num_warps=4,
+        **early_launch(),
     )
 
 
@@ -77,7 +79,9 @@ def _rotary_store_kernel(
     REST_PADDED: tl.constexpr,
     HEADS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     row_ptr = qkv_ptr + token * (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM + head * HEAD_DIM

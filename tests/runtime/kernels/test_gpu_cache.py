@@ -59,13 +59,14 @@ class Argument:
 
 
 def found(address, n):
-    arguments = Argument(address), Argument(1024)
-    key = _gated_kernel.key(arguments, {"N": n, "BLOCK": 1024, "GELU": False, "num_warps": 4})
+    arguments = Argument(address), Argument(1024), Argument(1024), 64, 0, 0
+    constants = {"N": n, "BLOCK": 1024, "GELU": False, "PREFETCH": 0, "EARLY": True}
+    key = _gated_kernel.key(arguments, {**constants, "num_warps": 4, "launch_pdl": True})
     return binaries.find(90, _gated_kernel.name, key)
 
 
 binary = found(512, 256)
-print(binary.symbol, binary.code[:4], binary.formats, *binary.passed)
+print(binary.symbol, binary.code[:4], binary.formats, *binary.passed, binary.early)
 print(found(512, 257), found(514, 256))
 print("triton" in sys.modules)
 """
@@ -111,7 +112,7 @@ def test_what_was_compiled_is_found_without_the_compiler(tmp_path: Path, compile
     site = Path(runtime.__file__).parents[1]
     assert run_in(site, tmp_path, compile_it) == "_gated_kernel 1"
     assert run_in(site, tmp_path, FIND).splitlines() == [
-        "_gated_kernel b'\\x7fELF' QQ 0 1",
+        "_gated_kernel b'\\x7fELF' QQQiii 0 1 2 3 4 5 True",
         "None None",
         "False",
     ]

@@ -19,19 +19,21 @@ def small_tiles(x: torch.Tensor, weight: torch.Tensor, *args: object, **kwargs: 
 
 @pytest.mark.parametrize("multiply", [gemv, small_tiles, gemv_torch])
 @pytest.mark.parametrize("num_rows", [1, 2, 16])
-@pytest.mark.parametrize("silu_mul", [False, True])
+@pytest.mark.parametrize("activation", [None, "silu_mul", "gelu_tanh_mul"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_against_torch(multiply, num_rows: int, silu_mul: bool, dtype: torch.dtype) -> None:
+def test_against_torch(multiply, num_rows: int, activation: str | None, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     in_features, out_features = 152, 84
     x = torch.randn(num_rows, in_features, device=DEVICE).to(dtype)
     weight = (torch.randn(out_features, in_features, device=DEVICE) / in_features**0.5).to(dtype)
     expected = F.linear(x.double(), weight.double())
-    if silu_mul:
+    if activation:
         gate, up = expected.chunk(2, dim=-1)
-        expected = F.silu(gate) * up
+        activated = F.silu(gate) if activation == "silu_mul" else F.gelu(gate, approximate="tanh")
+        expected = activated * up
 
-    out = multiply(x, weight, torch.empty(expected.shape, device=DEVICE), silu_mul=silu_mul)
+    how = {activation: True} if activation else {}
+    out = multiply(x, weight, torch.empty(expected.shape, device=DEVICE), **how)
 
     # The GPU's tensor cores round float32 operands to 10 bits.
     tolerance = 1e-2 if DEVICE == "cuda" and dtype == torch.float32 else 1e-5

@@ -61,6 +61,23 @@ def test_half_precision_is_rounded_once(norm) -> None:
     torch.testing.assert_close(out.double(), exact, rtol=0.502 * 2**-10, atol=1e-7)
 
 
+@pytest.mark.parametrize("norm", [add_rms_norm, add_rms_norm_torch])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_an_addend_that_is_normed_itself(norm, dtype: torch.dtype) -> None:
+    """As if it had been normed, and rounded, before."""
+    torch.manual_seed(4)
+    x, residual = torch.randn(2, 3, 80, device=DEVICE).to(dtype).unbind()
+    weight, x_weight = torch.randn(2, 80, device=DEVICE).unbind()
+    normed = norm(None, x, x_weight, EPS, torch.empty_like(x))
+    total = residual.clone()
+    expected = norm(normed, total, weight, EPS, torch.empty_like(x))
+
+    out = norm(x, residual, weight, EPS, torch.empty_like(x), x_weight=x_weight)
+
+    assert torch.equal(out, expected)
+    assert torch.equal(residual, total)
+
+
 @pytest.mark.parametrize("norm", [head_rms_norm, head_rms_norm_torch])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 16), (6, 1, 20), (40, 8, 128)])
 def test_queries_and_keys_are_normed_by_heads_and_values_left_alone(
