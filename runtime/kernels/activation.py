@@ -1,4 +1,4 @@
-"""The gated activations of the MLP."""
+"""The gated activations of the MLP, and the soft cap of logits."""
 
 from __future__ import annotations
 
@@ -34,6 +34,15 @@ def gelu_tanh_mul(gate_up: torch.Tensor, upcoming: torch.Tensor | None = None) -
         return activation.gelu_tanh_mul(gate_up, _out(gate_up), upcoming)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.gelu(gate, approximate="tanh").mul_(up)
+
+
+def softcap(x: torch.Tensor, cap: float) -> torch.Tensor:
+    """x, contiguous float32, becomes cap * tanh(x / cap); returns it."""
+    if x.device.type == "cuda":
+        from runtime.kernels.gpu import activation
+
+        return activation.softcap(x, cap)
+    return x.div_(cap).tanh_().mul_(cap)
 
 
 def _out(gate_up: torch.Tensor) -> torch.Tensor:

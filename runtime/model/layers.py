@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from runtime.kernels.activation import softcap
 from runtime.kernels.attention import AttentionForm, attention
 from runtime.kernels.batch import PackedBatch
 from runtime.kernels.embedding import embedding
@@ -244,7 +245,7 @@ class Head:
         if self.row_norms is not None:
             logits /= self.row_norms
         if self.softcap:
-            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+            logits = softcap(logits, self.softcap)
         return logits if self.group is None else self._gathered(logits, self.group)
 
     def _gathered(self, logits: torch.Tensor, group: Group) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The gated activations of the MLP."""
+"""The gated activations of the MLP, and the soft cap of logits."""
 
 from __future__ import annotations
 
@@ -84,6 +84,24 @@ def _gated_kernel(
     tl.store(out_ptr + row * N + column, activated * up, mask)
 
 
+def softcap(x: torch.Tensor, cap: float) -> torch.Tensor:
+    """x, contiguous float32, becomes cap * tanh(x / cap); returns it."""
+    _softcap_kernel[(cdiv(x.numel(), _BLOCK),)](
+        x, x.numel(), cap, BLOCK=_BLOCK, num_warps=4, **early_launch()
+    )
+    return x
+
+
+@kernel
+@triton.jit(do_not_specialize=["count"])
+def _softcap_kernel(x_ptr, count, cap, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    begin(EARLY)
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + place, place < count, other=0.0)
+    # tanh(y) = 1 - 2 / (exp(2 y) + 1), exact at both ends of exp's range.
+    tl.store(x_ptr + place, cap - 2.0 * cap / (tl.exp(x * (2.0 / cap)) + 1.0), place < count)
+
+
 @triton.jit
 def silu(x):
     """x * sigmoid(x), x float32."""
@@ -106,3 +124,8 @@ def gelu_tanh_mul_torch(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tenso
     """The plain twin of `gelu_tanh_mul`."""
     gate, up = gate_up.float().chunk(2, dim=-1)
     return out.copy_(F.gelu(gate, approximate="tanh") * up)
+
+
+def softcap_torch(x: torch.Tensor, cap: float) -> torch.Tensor:
+    """The plain twin of `softcap`."""
+    return x.div_(cap).tanh_().mul_(cap)
