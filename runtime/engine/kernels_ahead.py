@@ -36,6 +36,7 @@ from runtime.kernels.gpu.attention_prefill import prefill_tile, prefill_work_ite
 from runtime.kernels.gpu.attention_tile import Workspace
 from runtime.kernels.gpu.inboxes import Inboxes
 from runtime.kernels.gpu.offline import compiling_for
+from runtime.kernels.gpu.prefetch import can_prefetch
 from runtime.kernels.gpu.prepare import apply_updates, prepare_decode
 from runtime.kernels.gpu.sampling.logprobs import token_logprobs
 from runtime.kernels.gpu.sampling.mask import RowMasks
@@ -107,6 +108,7 @@ class _ImaginedGroup(PeerGroup):
 
     def __init__(self, world_size: int, config: ModelConfig, dtype: torch.dtype) -> None:
         Group.__init__(self, _NoBackend(), Ranks(0, world_size, Meeting("", 0, "")))
+        self._prefetches = can_prefetch()
         addresses = torch.empty(world_size, dtype=torch.int64, device="cuda")
         shared = dtype.itemsize == 2
         share = -(-config.vocab_size // world_size)

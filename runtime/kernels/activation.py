@@ -8,15 +8,12 @@ import torch.nn.functional as F
 from runtime.kernels import native
 
 
-def silu_mul(gate_up: torch.Tensor, upcoming: torch.Tensor | None = None) -> torch.Tensor:
-    """[m, 2 n], gates then ups -> [m, n]: silu(gate) * up.
-
-    `upcoming` are weights that are read next; they may be fetched meanwhile.
-    """
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """[m, 2 n], gates then ups -> [m, n]: silu(gate) * up."""
     if gate_up.device.type == "cuda":
         from runtime.kernels.gpu import activation
 
-        return activation.silu_mul(gate_up, _out(gate_up), upcoming)
+        return activation.silu_mul(gate_up, gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2)))
     lib = native.library() if gate_up.device.type == "cpu" else None
     if lib is None:
         return silu_mul_torch(gate_up)
@@ -26,12 +23,12 @@ def silu_mul(gate_up: torch.Tensor, upcoming: torch.Tensor | None = None) -> tor
     return out
 
 
-def gelu_tanh_mul(gate_up: torch.Tensor, upcoming: torch.Tensor | None = None) -> torch.Tensor:
+def gelu_tanh_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """As `silu_mul` with GELU in its tanh approximation (Hendrycks and Gimpel, 2016)."""
     if gate_up.device.type == "cuda":
         from runtime.kernels.gpu import activation
 
-        return activation.gelu_tanh_mul(gate_up, _out(gate_up), upcoming)
+        return activation.gelu_tanh_mul(gate_up, gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2)))
     gate, up = gate_up.chunk(2, dim=-1)
     return F.gelu(gate, approximate="tanh").mul_(up)
 
@@ -43,10 +40,6 @@ def softcap(x: torch.Tensor, cap: float) -> torch.Tensor:
 
         return activation.softcap(x, cap)
     return x.div_(cap).tanh_().mul_(cap)
-
-
-def _out(gate_up: torch.Tensor) -> torch.Tensor:
-    return gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2))
 
 
 def silu_mul_torch(gate_up: torch.Tensor) -> torch.Tensor:

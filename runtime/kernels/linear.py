@@ -24,8 +24,6 @@ _MAX_NATIVE_PARTS = 3
 _MAX_GEMV_ROWS = 8
 # But not with these [outputs, inputs], Llama-3-70B's on four H200s.
 _ONE_ROW_ONLY = {(2560, 8192)}
-# And only with these the activation is fused into products of several rows.
-_FUSED = {(14336, 8192)}
 
 
 class LinearWeights:
@@ -45,7 +43,7 @@ class LinearWeights:
         shape = self.out_features, self.in_features
         most = 1 if shape in _ONE_ROW_ONLY else _MAX_GEMV_ROWS
         self.max_gemv_rows = most if self.suits_gemv else 0
-        self.max_fused_rows = min(self.max_gemv_rows, most if shape in _FUSED else 1)
+        self.max_fused_rows = self._max_fused_rows
         # [in_features, out_features]
         self.transposed = self.weights[0].t() if self.suits_gemv else None
         self.lib = native.library() if self._suits_native() else None
@@ -72,6 +70,15 @@ class LinearWeights:
         (first, *others) = self.weights
         narrow = first.dtype in (torch.float16, torch.bfloat16)
         return not others and first.device.type == "cuda" and narrow and first.is_contiguous()
+
+    @property
+    def _max_fused_rows(self) -> int:
+        """Up to how many rows a gated activation is computed with the product before it."""
+        if not self.max_gemv_rows:
+            return 0
+        from runtime.kernels.gpu.early import can_start_early
+
+        return self.max_gemv_rows if can_start_early() else 1
 
     def _suits_native(self) -> bool:
         return (
@@ -146,27 +153,20 @@ def _gemv(x: torch.Tensor, weights: LinearWeights, dtype: torch.dtype) -> torch.
     return gemv(x, weights.weights[0], out, weights.biases[0])
 
 
-def silu_linear(
-    x: torch.Tensor, weights: LinearWeights | PackedLinear, upcoming: torch.Tensor | None = None
-) -> torch.Tensor:
-    """silu(gate) * up, both projections of x [m, in_features] fused in `weights` -> [m, out_features / 2].
-
-    `upcoming` are weights that are read next; they may be fetched meanwhile.
-    """
+def silu_linear(x: torch.Tensor, weights: LinearWeights | PackedLinear) -> torch.Tensor:
+    """silu(gate) * up, both projections of x [m, in_features] fused in `weights` -> [m, out_features / 2]."""
     if isinstance(weights, PackedLinear):
         return packed_linear(x, weights, with_silu_mul=True)
     if 0 < x.shape[0] <= weights.max_fused_rows:
         return _gated_gemv(x, weights, gelu=False)
-    return silu_mul(linear(x, weights), upcoming)
+    return silu_mul(linear(x, weights))
 
 
-def gelu_tanh_linear(
-    x: torch.Tensor, weights: LinearWeights | PackedLinear, upcoming: torch.Tensor | None = None
-) -> torch.Tensor:
+def gelu_tanh_linear(x: torch.Tensor, weights: LinearWeights | PackedLinear) -> torch.Tensor:
     """As `silu_linear` with GELU in its tanh approximation."""
     if isinstance(weights, LinearWeights) and 0 < x.shape[0] <= weights.max_fused_rows:
         return _gated_gemv(x, weights, gelu=True)
-    return gelu_tanh_mul(linear(x, weights), upcoming)
+    return gelu_tanh_mul(linear(x, weights))
 
 
 def _gated_gemv(x: torch.Tensor, weights: LinearWeights, gelu: bool) -> torch.Tensor:

@@ -13,19 +13,16 @@ def add_rms_norm(
     weight: torch.Tensor,
     eps: float,
     x_weight: torch.Tensor | None = None,
-    upcoming: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """residual += x in place (unless x is None); returns residual / rms(residual) * weight.
 
     x and residual are [m, hidden_size], weight is [hidden_size] in float32. With `x_weight`, [hidden_size]
-    in float32, what is added is x / rms(x) * x_weight. `upcoming` are weights that are read next; they may
-    be fetched meanwhile.
+    in float32, what is added is x / rms(x) * x_weight.
     """
     if residual.device.type == "cuda":
         from runtime.kernels.gpu import norm
 
-        out = torch.empty_like(residual)
-        return norm.add_rms_norm(x, residual, weight, eps, out, x_weight=x_weight, upcoming=upcoming)
+        return norm.add_rms_norm(x, residual, weight, eps, torch.empty_like(residual), x_weight=x_weight)
     if x is not None and x_weight is not None:
         x = add_rms_norm(None, x, x_weight, eps)
     lib = native.library() if residual.device.type == "cpu" else None

@@ -127,7 +127,7 @@ class RMSNorm:
         if isinstance(x, Product):
             assert self.group is not None
             return self.group.add_rms_norm(x, residual, self.weight, self.eps, self.upcoming)
-        return add_rms_norm(x, residual, self.weight, self.eps, self.x_weight, self.upcoming)
+        return add_rms_norm(x, residual, self.weight, self.eps, self.x_weight)
 
 
 class OutputNorm:
@@ -220,7 +220,7 @@ class MLP:
         `between` is called after the first product.
         """
         multiply = silu_linear if self.activation == "silu" else gelu_tanh_linear
-        gated = multiply(x, self.gate_up, self.down.read_first)
+        gated = multiply(x, self.gate_up)
         if between is not None:
             between()
         return Product(gated, self.down)

@@ -25,7 +25,7 @@ from runtime.kernels.gpu.inboxes import (
     one_shot_elements,
     two_shot_elements,
 )
-from runtime.kernels.gpu.prefetch import worth_fetching
+from runtime.kernels.gpu.prefetch import can_prefetch
 from runtime.kernels.linear import Product
 from runtime.parallel.group import Group
 from runtime.parallel.halves import Copies, Half, HalfMemory
@@ -39,6 +39,8 @@ TWO_SHOT_ROWS = 2048
 HALF_ROWS = 4096
 # Of so many rows the logits are gathered in the same way.
 GATHERED_ROWS = 16
+# Our own products, of fewer rows, gain nothing by it; those of more rows wait for more than weights.
+_PREFETCH_ROWS = range(9, 257)
 _LAZY_PEER_ACCESS = 1
 
 
@@ -64,6 +66,7 @@ class PeerGroup(Group):
         self.few: Inboxes | None = None
         self.many: Inboxes | None = None
         self.rows: Inboxes | None = None
+        self._prefetches = can_prefetch()
 
     def prepare(self, hidden_size: int, vocab_size: int, dtype: torch.dtype) -> None:
         """See `Group.prepare`. Where GPUs cannot reach each other's memory, all is left to NCCL."""
@@ -162,7 +165,8 @@ class PeerGroup(Group):
         sent = isinstance(x, Product) and x.send(self.few)
         part = None if sent else x.compute() if isinstance(x, Product) else x
         out = torch.empty_like(residual)
-        upcoming = worth_fetching(upcoming, rows)
+        if rows not in _PREFETCH_ROWS or not self._prefetches:
+            upcoming = None
         if rows <= ONE_SHOT_ROWS:
             return one_shot(part, self.few, out, (residual, weight, eps), upcoming)
         assert part is not None

@@ -8,72 +8,33 @@ import torch.nn.functional as F
 from runtime.kernels.gpu.early import begin, early_launch
 from runtime.kernels.gpu.language import tl, triton
 from runtime.kernels.gpu.launch import cdiv, kernel
-from runtime.kernels.gpu.prefetch import CHUNK_BYTES, prefetch, prefetch_programs, worth_fetching
 
 _BLOCK = 1024
-_NUM_WARPS = 4
 
 
-def silu_mul(gate_up: torch.Tensor, out: torch.Tensor, upcoming: torch.Tensor | None = None) -> torch.Tensor:
-    """gate_up [m, 2 n], gates then ups -> out [m, n]: silu(gate) * up. Both are contiguous.
-
-    `upcoming` are weights that the product after this begins to read, which may be fetched meanwhile.
-    """
-    return _gated(gate_up, out, upcoming, gelu=False)
+def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """gate_up [m, 2 n], gates then ups -> out [m, n]: silu(gate) * up. Both are contiguous."""
+    return _gated(gate_up, out, gelu=False)
 
 
-def gelu_tanh_mul(
-    gate_up: torch.Tensor, out: torch.Tensor, upcoming: torch.Tensor | None = None
-) -> torch.Tensor:
+def gelu_tanh_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """As `silu_mul` with GELU in its tanh approximation (Hendrycks and Gimpel, 2016)."""
-    return _gated(gate_up, out, upcoming, gelu=True)
+    return _gated(gate_up, out, gelu=True)
 
 
-def _gated(
-    gate_up: torch.Tensor, out: torch.Tensor, upcoming: torch.Tensor | None, gelu: bool
-) -> torch.Tensor:
+def _gated(gate_up: torch.Tensor, out: torch.Tensor, gelu: bool) -> torch.Tensor:
     m, n = out.shape
-    blocks = cdiv(n, _BLOCK)
-    upcoming = worth_fetching(upcoming, m)
-    extra, stride = prefetch_programs(upcoming, _NUM_WARPS)
-    _gated_kernel[(m + cdiv(extra, blocks), blocks)](
-        gate_up,
-        out,
-        out if upcoming is None else upcoming,
-        m,
-        extra,
-        stride,
-        N=n,
-        BLOCK=_BLOCK,
-        GELU=gelu,
-        PREFETCH=CHUNK_BYTES if extra else 0,
-        num_warps=_NUM_WARPS,
-        **early_launch(),
+    _gated_kernel[(m, cdiv(n, _BLOCK))](
+        gate_up, out, N=n, BLOCK=_BLOCK, GELU=gelu, num_warps=4, **early_launch()
     )
     return out
 
 
 @kernel
-@triton.jit(do_not_specialize=["num_rows", "extra", "stride"])
+@triton.jit
 def _gated_kernel(
-    gate_up_ptr,
-    out_ptr,
-    upcoming_ptr,
-    num_rows,
-    extra,
-    stride,
-    N: tl.constexpr,
-    BLOCK: tl.constexpr,
-    GELU: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    EARLY: tl.constexpr,
+    gate_up_ptr, out_ptr, N: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr, EARLY: tl.constexpr
 ):
-    if PREFETCH:
-        if tl.program_id(0) >= num_rows:
-            program = (tl.program_id(0) - num_rows) * tl.num_programs(1) + tl.program_id(1)
-            if program < extra:
-                prefetch(upcoming_ptr, program, stride, PREFETCH)
-            return
     begin(EARLY)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -14,8 +14,8 @@ Programs wait for programs of the same row on other GPUs. All begin with the fir
 is not through is under way everywhere.
 
 The kernel that follows a sum may start early (see `early.py`); the sum itself does not. Were it to, it would
-have to wait for what was launched before it ahead of its first access to any inbox: only then is the slot
-that the sum before this one filled with marks full of them for the other ranks.
+have to wait for what was launched before it ahead of its first access to any inbox: only then has the sum
+before this one filled its old slot with marks. A product that sends its rows does wait before it sends.
 """
 
 from __future__ import annotations

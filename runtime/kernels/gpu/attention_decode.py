@@ -19,7 +19,7 @@ from runtime.kernels.gpu.attention_tile import (
     attend_torch,
     merge_splits,
 )
-from runtime.kernels.gpu.early import begin, early_launch
+from runtime.kernels.gpu.early import early_launch, let_next_start, wait
 from runtime.kernels.gpu.language import tl, triton
 from runtime.kernels.gpu.launch import kernel, next_power_of_2
 
@@ -28,6 +28,9 @@ _MAX_PROGRAMS = 4096
 MAX_SPLITS = 16
 # How many float32 of partial results a program holds at once while it merges: 32 registers a thread.
 _MERGE_ELEMENTS_PER_WARP = 1024
+# Of so few rows the product that comes next is a kernel of our own (`gemv.py`). Were it to read its weights
+# while keys are read, those would come later.
+_MAX_HELD_BACK = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +109,12 @@ def _decode_kernel(
     WINDOW: tl.constexpr,
     MERGE_ROWS: tl.constexpr,
     MERGE_CHUNK: tl.constexpr,
+    HOLDS_BACK: tl.constexpr,
     EARLY: tl.constexpr,
 ) -> None:
-    begin(EARLY)
+    if not HOLDS_BACK:
+        let_next_start(EARLY)
+    wait(EARLY)
     head = tl.program_id(0)
     row = tl.program_id(1)
     split = tl.program_id(2)
@@ -149,6 +155,7 @@ def _decode_kernel(
         slopes, block_stride,
         BLOCK_SIZE, HEAD_DIM, BLOCK_N, SOFTCAP, WINDOW, True,
     )  # fmt: skip
+    let_next_start(EARLY)
     acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
 
     out += row.to(tl.int64) * out_stride
@@ -231,6 +238,7 @@ def paged_decode(
         MERGE_CHUNK=max(1, min(16, room // (merge_rows * padded_dim))),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        HOLDS_BACK=batch <= _MAX_HELD_BACK,
         **early_launch(),
     )  # fmt: skip
     return out

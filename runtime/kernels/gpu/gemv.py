@@ -15,11 +15,10 @@ import torch.nn.functional as F
 
 from runtime.kernels.gpu.activation import gelu_tanh, silu
 from runtime.kernels.gpu.all_reduce import send
-from runtime.kernels.gpu.early import begin, early_launch
+from runtime.kernels.gpu.early import begin, can_start_early, early_launch, let_next_start, wait
 from runtime.kernels.gpu.inboxes import Inboxes
 from runtime.kernels.gpu.language import tl, triton
 from runtime.kernels.gpu.launch import cdiv, kernel
-from runtime.kernels.gpu.prefetch import prefetch_rows
 
 MAX_ROWS = 16
 _PADDED_ROWS = tl.constexpr(16)
@@ -27,18 +26,12 @@ _PADDED_ROWS = tl.constexpr(16)
 
 @dataclass(frozen=True, slots=True)
 class GemvConfig:
-    """How a product is cut up: block_n outputs a program, block_k inputs at a time.
-
-    ahead  of one row: so many programs, the first, ask for the weights of as many others, which there is no
-           place for yet; of several: for how many inputs a program asks for before
-           what it multiplies them with is there
-    """
+    """How a product is cut up: block_n outputs a program, block_k inputs at a time."""
 
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
-    ahead: int = 0
 
 
 # The fastest on an H200 for most of Llama-3-8B: `scripts/bench/kernels.py --only products --sweep`.
@@ -60,17 +53,29 @@ _CONFIGS = {
     (8192, 2048, False): GemvConfig(64, 128, 4, 6),
     (14336, 8192, False): GemvConfig(64, 128, 4, 4),
     (8192, 7168, False): GemvConfig(64, 128, 4, 6),
-    # Llama-3-8B on two.
-    (3072, 4096, True): GemvConfig(1, 4096, 4, 1),
-    (4096, 2048, True): GemvConfig(2, 2048, 4, 1),
-    (14336, 4096, True): GemvConfig(1, 4096, 4, 1),
-    (4096, 7168, True): GemvConfig(1, 8192, 4, 1),
 }
+
+
+# Where products start early, one row has all its weights on the way before x is there, if they are not many;
+# and large programs of several rows are faster, if there are enough of them. Measured in decode steps of
+# Llama-3-8B, Gemma-2-9B and Yi-6B on an H200.
+_WHOLE_INPUTS = range(2049, 4097)
+_WHOLE_ROW = GemvConfig(1, 4096, 4, 1)
+_WHOLE_GATED_ROW = GemvConfig(1, 4096, 8, 1)
+_LARGE_OUTPUTS, _LARGEST_OUTPUTS = 3072, 20000
+_LARGE = GemvConfig(64, 128, 4, 5)
+_LARGEST = GemvConfig(64, 128, 4, 4)
 
 
 def gemv_config(out_features: int, in_features: int, num_rows: int, gated: bool = False) -> GemvConfig:
     """The way of computing products with weights [out_features, in_features]."""
     single = num_rows == 1
+    if can_start_early():
+        if single and in_features in _WHOLE_INPUTS:
+            return _WHOLE_GATED_ROW if gated else _WHOLE_ROW
+        usual = _LARGEST if gated or out_features >= _LARGEST_OUTPUTS else _LARGE
+        if not single and out_features >= _LARGE_OUTPUTS:
+            return _CONFIGS.get((out_features, in_features, single), usual)
     usual = (_ONE_GATED_ROW if gated else _ONE_ROW) if single else _FEW_ROWS
     return _CONFIGS.get((out_features, in_features, single), usual)
 
@@ -121,7 +126,6 @@ def gemv(
         if inboxes is None
         else (inboxes.addresses, inboxes.turns, inboxes.rank, inboxes.max_rows)
     )
-    launched = early_launch()
     shape = {
         "K": in_features,
         "BLOCK_N": config.block_n,
@@ -131,11 +135,9 @@ def gemv(
         "WORLD_SIZE": 1 if inboxes is None else inboxes.world_size,
         "GATED": gated,
         "GELU": gelu_tanh_mul,
-        # What is asked for is counted in runs of 16 bytes.
-        "AHEAD": config.ahead if launched["EARLY"] and in_features % 8 == 0 else 0,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
-        **launched,
+        **early_launch(),
     }
     grid = (cdiv(outputs, config.block_n),)
     if num_rows == 1:
@@ -143,17 +145,6 @@ def gemv(
     else:
         _few_rows_kernel[grid](*operands, *there, num_rows, **shape)
     return out
-
-
-@triton.jit
-def _ask_for(
-    weight_ptr, first, N, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GATED: tl.constexpr
-):
-    """Have weights of some outputs on their way, from `first` on: of each those of the first inputs."""
-    size: tl.constexpr = weight_ptr.dtype.element_ty.primitive_bitwidth // 8
-    prefetch_rows(weight_ptr, first, N, K * size, ROWS, COLUMNS * size)
-    if GATED:
-        prefetch_rows(weight_ptr + N.to(tl.int64) * K, first, N, K * size, ROWS, COLUMNS * size)
 
 
 @kernel
@@ -177,7 +168,6 @@ def _one_row_kernel(
     GATED: tl.constexpr,
     WORLD_SIZE: tl.constexpr,
     GELU: tl.constexpr,
-    AHEAD: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -185,9 +175,6 @@ def _one_row_kernel(
     inside = output < N
     rows_ptr = weight_ptr + output[:, None].to(tl.int64) * K + column[None, :]
     up_rows_ptr = weight_ptr + (output + N)[:, None].to(tl.int64) * K + column[None, :]
-    if AHEAD:
-        if tl.program_id(0) < AHEAD:
-            _ask_for(weight_ptr, (tl.program_id(0) + AHEAD) * BLOCK_N, N, K, BLOCK_N, K, GATED)
     # Each lane adds up its own columns; the lanes are added once, after the last of them.
     sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     up_sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
@@ -243,7 +230,6 @@ def _few_rows_kernel(
     GATED: tl.constexpr,
     WORLD_SIZE: tl.constexpr,
     GELU: tl.constexpr,
-    AHEAD: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -255,9 +241,7 @@ def _few_rows_kernel(
     x_columns_ptr = x_ptr + row[None, :] * K + column[:, None]
     sums = tl.zeros((BLOCK_N, _PADDED_ROWS), tl.float32)
     up_sums = tl.zeros((BLOCK_N, _PADDED_ROWS), tl.float32)
-    if AHEAD:
-        _ask_for(weight_ptr, tl.program_id(0) * BLOCK_N, N, K, BLOCK_N, min(AHEAD, K), GATED)
-    begin(EARLY)
+    wait(EARLY)
     for start in range(0, K, BLOCK_K):
         within = (column + start < K) | (K % BLOCK_K == 0)
         mask = inside[:, None] & within[None, :]
@@ -267,6 +251,8 @@ def _few_rows_kernel(
         if GATED:
             up = tl.load(up_rows_ptr + start, mask, other=0.0, eviction_policy="evict_first")
             up_sums = tl.dot(up, x, up_sums)
+    # Not before: the next kernel's programs would crowd where there is room beside these.
+    let_next_start(EARLY)
     if HAS_BIAS:
         sums += tl.load(bias_ptr + output, inside, other=0.0).to(tl.float32)[:, None]
     if GATED:

@@ -7,7 +7,6 @@ import torch
 from runtime.kernels.gpu.early import begin, early_launch
 from runtime.kernels.gpu.language import tl, triton
 from runtime.kernels.gpu.launch import cdiv, kernel, next_power_of_2
-from runtime.kernels.gpu.prefetch import CHUNK_BYTES, prefetch, prefetch_programs, worth_fetching
 
 # How many elements of a token one program norms at once, of queries and keys: a power of two.
 _TILE = 2048
@@ -21,7 +20,6 @@ def add_rms_norm(
     out: torch.Tensor,
     gemma: bool = False,
     x_weight: torch.Tensor | None = None,
-    upcoming: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """residual += x in place (unless x is None); out = residual / rms(residual) * weight.
 
@@ -29,62 +27,45 @@ def add_rms_norm(
 
     x, residual and out are contiguous [m, hidden_size], weight is [hidden_size] of any floating type.
     Gemma's checkpoints store what the weight is off from one, so there out is scaled by 1 + weight. All
-    arithmetic is float32, rounded once. `upcoming` are weights that the product after this begins to read,
-    which may be fetched meanwhile. Returns out.
+    arithmetic is float32, rounded once. Returns out.
     """
     m, hidden_size = residual.shape
     block = next_power_of_2(hidden_size)
-    num_warps = min(16, max(4, block // 512))
-    upcoming = worth_fetching(upcoming, m)
-    extra, stride = prefetch_programs(upcoming, num_warps)
-    _add_rms_norm_kernel[(m + extra,)](
+    _add_rms_norm_kernel[(m,)](
         residual if x is None else x,
         residual,
         weight,
         weight if x_weight is None else x_weight,
         out,
-        residual if upcoming is None else upcoming,
         eps,
-        m,
-        stride,
         HIDDEN_SIZE=hidden_size,
         BLOCK=block,
         HAS_X=x is not None,
         NORMS_X=x_weight is not None,
         GEMMA=gemma,
-        PREFETCH=CHUNK_BYTES if extra else 0,
-        num_warps=num_warps,
+        num_warps=min(16, max(4, block // 512)),
         **early_launch(),
     )
     return out
 
 
 @kernel
-@triton.jit(do_not_specialize=["num_rows", "stride"])
+@triton.jit
 def _add_rms_norm_kernel(
     x_ptr,
     residual_ptr,
     weight_ptr,
     x_weight_ptr,
     out_ptr,
-    upcoming_ptr,
     eps,
-    num_rows,
-    stride,
     HIDDEN_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_X: tl.constexpr,
     NORMS_X: tl.constexpr,
     GEMMA: tl.constexpr,
-    PREFETCH: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    row = tl.program_id(0)
-    if PREFETCH:
-        if row >= num_rows:
-            prefetch(upcoming_ptr, row - num_rows, stride, PREFETCH)
-            return
-    start = row.to(tl.int64) * HIDDEN_SIZE
+    start = tl.program_id(0).to(tl.int64) * HIDDEN_SIZE
     column = tl.arange(0, BLOCK)
     mask = column < HIDDEN_SIZE
     weight = tl.load(weight_ptr + column, mask, other=0.0).to(tl.float32)
