@@ -204,3 +204,24 @@ def test_it_waits(name: str, in_a_graph: bool) -> None:
         assert torch.equal(case.writes, expected)
         assert torch.equal(kept, old)
         assert torch.equal(seen, token)
+
+
+def test_an_event_that_the_stream_waits_for_holds_a_kernel_back_as_well() -> None:
+    """Weights that another stream brings are there, though they are read before others are waited for."""
+    torch.manual_seed(0)
+    x, fresh = bf16(1, HIDDEN), bf16(2 * HIDDEN, HIDDEN)
+    weight, out = torch.zeros_like(fresh), bf16(1, 2 * HIDDEN)
+    expected = gemv(x, fresh, torch.empty_like(out))
+    token, passed_on = torch.ones(64, device="cuda"), torch.zeros(64, device="cuda")
+    nothing = token, passed_on
+    link, come = torch.cuda.Stream(), torch.cuda.Event()
+    for _ in range(REPEATS):
+        weight.zero_()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(link):
+            copies((fresh, weight), nothing, nothing, naps=500)
+            come.record()
+        copies(nothing, nothing, nothing, naps=200)
+        torch.cuda.current_stream().wait_event(come)
+        gemv(x, weight, out)
+        assert torch.equal(out, expected)

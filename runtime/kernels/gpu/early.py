@@ -13,7 +13,8 @@ What holds for all of them:
 - That is so because some program of every kernel that is launched early calls `wait`: it waits for the kernel
   before only, which in turn was through only after the one before that.
 - The first kernels of a step (`prepare.py`, torch's copies) are launched as usual. So weights that were
-  written earlier in the same stream are there.
+  written earlier in the same stream are there; those that another stream brings, when the event is done that
+  the stream waits for.
 
 When to let the next kernel start is a matter of measuring: its programs go where there is room, which is
 everywhere as long as short kernels run, but not beside a product with few large programs.
