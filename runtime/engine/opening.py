@@ -9,6 +9,9 @@ import threading
 
 import torch
 
+from runtime.model.config import RopeConfig
+from runtime.model.rope import cos_sin_table
+
 
 class Opening(threading.Thread):
     """Does once, to nothing in particular, what building an engine and computing a first step do."""
@@ -30,5 +33,4 @@ class Opening(threading.Thread):
         for dtype in (torch.bfloat16, torch.float16):
             x = torch.zeros((4, 4), dtype=dtype, device="cuda")
             numbers = x[rows].float() + numbers[rows] + rows[rows]
-        angles = torch.arange(4, dtype=torch.float32, device="cuda")[:, None] * numbers
-        torch.cat((torch.stack((angles.cos(), angles.sin()), dim=1),)) * 1.0
+        cos_sin_table(RopeConfig(theta=10_000.0, rotary_dim=4), 4, "cuda")
