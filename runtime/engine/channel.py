@@ -49,15 +49,15 @@ class Channel:
         """What compiles the grammars of requests that come this way."""
         return Compiling(grammars, self.wake)
 
-    def receive(self, wait: bool) -> list[Command]:
-        """The commands that have arrived; with `wait`, at least one, unless `wake` is called.
+    def receive(self, patience: float | None) -> list[Command]:
+        """The commands that have arrived, or will have before so many seconds are over.
 
-        Raises `EOFError` without a handler.
+        At least one if `patience` is None, unless `wake` is called. Raises `EOFError` without a handler.
         """
         commands: list[Command] = []
         woken = False
         while not commands:
-            timeout = None if wait and not woken else 0
+            timeout = 0 if woken else patience
             readable, _, _ = select.select([self._socket.fileno(), self._wake], [], [], timeout)
             if self._wake in readable:
                 os.eventfd_read(self._wake)
@@ -67,6 +67,6 @@ class Channel:
                 if not data:
                     raise EOFError
                 commands = [decode_command(body) for body in self._frames.feed(data)]
-            elif timeout == 0:
+            elif not woken or timeout == 0:
                 break
         return commands

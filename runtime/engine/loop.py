@@ -6,6 +6,7 @@ from runtime import marks
 from runtime.engine.channel import Channel
 from runtime.engine.compiling import Compiling
 from runtime.engine.core import Engine
+from runtime.engine.idle_work import IdleWork
 from runtime.engine.sleeper import Sleeper
 from runtime.engine.turns import FollowingChannel, FollowingCompiling, LeadingChannel
 from runtime.protocol import Abort, Command, Drain, Mark, Submit
@@ -14,18 +15,21 @@ from runtime.protocol import Abort, Command, Drain, Mark, Submit
 def serve(engine: Engine, sleeper: Sleeper, channel: Channel | LeadingChannel | FollowingChannel) -> None:
     """Serve until the handler drains the engine (returns when all is done) or is gone (`EOFError`).
 
-    Ranks keep step because all that is done here follows from what the channel returns, call by call.
+    Ranks keep step because all that is done here follows from what the channel returns, call by call, but for
+    reading ahead, which nobody else notices.
     Raises `FirstlightError` when the engine cannot go on as it is.
     """
     draining = False
     first = True
-    idle_work = False
-    graphs: float | None = None
+    idle_work = IdleWork(engine, channel.send)
     compiling = channel.compiling(engine.grammars)
     while engine.has_work or compiling.busy or not draining:
         was_busy = engine.has_work
-        has_more = engine.has_work or sleeper.is_falling_asleep or (idle_work and not sleeper.is_asleep)
-        for command in channel.receive(wait=not has_more):
+        patience = None if sleeper.is_asleep else idle_work.due_in
+        if engine.has_work or sleeper.is_falling_asleep:
+            idle_work.put_off()
+            patience = 0
+        for command in channel.receive(patience):
             draining = draining or isinstance(command, Drain)
             _follow(command, sleeper, compiling)
         for request in compiling.finished() if compiling.busy else ():
@@ -35,13 +39,8 @@ def serve(engine: Engine, sleeper: Sleeper, channel: Channel | LeadingChannel | 
         if output is None:
             if sleeper.is_falling_asleep or sleeper.is_asleep:
                 sleeper.advance()
-            elif idle_work and engine.runner.use_idle_time():
-                graphs = marks.since_exec()
-            elif graphs is not None:
-                channel.send(Mark("graphs", graphs))
-                graphs = None
-            elif idle_work:
-                idle_work = engine.grammars.read_ahead()
+            else:
+                idle_work.advance()
             continue
         channel.check(engine.fingerprint)
         # The last step is told even if it produced nothing: it shows that all blocks are free again.
@@ -49,7 +48,7 @@ def serve(engine: Engine, sleeper: Sleeper, channel: Channel | LeadingChannel | 
             channel.send(output)
         if first and any(delta.token_ids for delta in output.deltas):
             first = False
-            idle_work = True
+            idle_work.begin()
             channel.send(Mark("first_token", marks.since_exec()))
 
 

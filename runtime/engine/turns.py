@@ -40,10 +40,10 @@ class LeadingChannel:
         """See `Channel.send`."""
         self._channel.send(event)
 
-    def receive(self, wait: bool) -> list[Command]:
+    def receive(self, patience: float | None) -> list[Command]:
         """See `Channel.receive`."""
         self._watchdog.rest()
-        commands = self._channel.receive(wait)
+        commands = self._channel.receive(patience)
         self._watchdog.work()
         body = encode_commands(commands)
         for line in self._ranks.lines:
@@ -129,7 +129,7 @@ class FollowingChannel:
     def send(self, event: Event) -> None:
         """Rank 0 sends it."""
 
-    def receive(self, wait: bool) -> list[Command]:
+    def receive(self, patience: float | None) -> list[Command]:
         """What the same call returned on rank 0."""
         self._watchdog.rest()
         commands = decode_commands(self._ranks.lines[0].receive())

@@ -31,7 +31,7 @@ from harness.table import number, spread
 
 ANSWER_TOKENS = 32
 SLEEP_TIMEOUT_S = 120.0
-# What is put off until nobody asks is then done: grammars are read ahead, for one.
+# By then the engine is through with the answer before.
 QUIET_S = 0.5
 GRAPHS_TIMEOUT_S = 30.0
 

@@ -46,7 +46,7 @@ def test_each_call_returns_the_same_everywhere(bursts: list[list[int]]) -> None:
 
     def read(place: int, channel: LeadingChannel | FollowingChannel) -> None:
         # A step's time differs from rank to rank: nothing may come of it.
-        seen[place] = [channel.receive(wait=False) for _ in range(2 * len(bursts))]
+        seen[place] = [channel.receive(patience=0) for _ in range(2 * len(bursts))]
 
     threads = [threading.Thread(target=read, args=(n, c)) for n, c in enumerate([leader, *followers])]
     for thread in threads:
