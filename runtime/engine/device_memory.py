@@ -11,7 +11,7 @@ import atexit
 import ctypes
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from weakref import WeakSet
 
@@ -186,6 +186,15 @@ class DeviceMemory:
         for region in self._regions():
             region.give_back()
         torch.cuda.empty_cache()
+
+    def tidy(self) -> None:
+        """See `Memory.tidy`.
+
+        The driver clears what it was given back by and by, and with the first allocation after that it looks
+        through all of it: measured, 30 to 48 ms for a GPU's whole memory, where others take less than one.
+        """
+        with suppress(CudaError):
+            VirtualMemory(self._driver, 1).close()
 
     def take_back(self) -> None:
         """See `Memory.take_back`.

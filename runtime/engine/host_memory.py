@@ -55,6 +55,9 @@ class HostMemory:
         _libc.malloc_trim(0)
         self._level = level
 
+    def tidy(self) -> None:
+        """Pages are the kernel's business; see `Memory.tidy`."""
+
     def take_back(self) -> None:
         """See `Memory.take_back`."""
         if self._level == 2:

@@ -25,7 +25,7 @@ def serve(engine: Engine, sleeper: Sleeper, channel: Channel | LeadingChannel | 
     compiling = channel.compiling(engine.grammars)
     while engine.has_work or compiling.busy or not draining:
         was_busy = engine.has_work
-        patience = None if sleeper.is_asleep else idle_work.due_in
+        patience = sleeper.due_in if sleeper.is_asleep else idle_work.due_in
         if engine.has_work or sleeper.is_falling_asleep:
             idle_work.put_off()
             patience = 0

@@ -15,6 +15,10 @@ from runtime.protocol import Abort, Asleep, Awake, Command, Drain, Event, Sleep,
 # Preparations are made in so many parts, with a look at what has arrived after each. The number is the
 # same for every rank, so that ranks keep step.
 PARTS = 128
+# When the memory is tidied, in seconds after it was given back: once the device is through with it.
+_TIDY_AFTER_S = (0.25, 1.0, 4.0)
+# Ranks follow rank 0's clock, so a little before its time is time enough.
+_EARLY_S = 0.05
 
 
 class Memory(Protocol):
@@ -41,6 +45,10 @@ class Memory(Protocol):
         """Give the memory back; everything has been prepared. From level 1, go on to level 2."""
         ...
 
+    def tidy(self) -> None:
+        """Some time after the memory was given back, do what `take_back` would have to do first."""
+        ...
+
     def take_back(self) -> None:
         """Take the memory again, at the same addresses, with the weights in it.
 
@@ -62,6 +70,7 @@ class Sleeper:
         self._asked: tuple[Launched, float] | None = None
         self._wanted: Sleep | None = None
         self._part = 0
+        self._tidy_at: list[float] = []
         self._held: list[Submit] = []
 
     @property
@@ -78,6 +87,11 @@ class Sleeper:
     def is_falling_asleep(self) -> bool:
         """Whether `advance` has something to do as soon as the engine has nothing."""
         return self._wanted is not None
+
+    @property
+    def due_in(self) -> float | None:
+        """How many seconds from now a sleeper has something for `advance` to do; None for never."""
+        return max(0.0, self._tidy_at[0] - time.monotonic()) if self._tidy_at else None
 
     def take(self, command: Command) -> None:
         """Do as one is told; requests go on to the engine. Raises `FirstlightError` if it cannot wake.
@@ -122,8 +136,11 @@ class Sleeper:
             self._wanted, self._part = command, 0
 
     def advance(self) -> None:
-        """Do a little of what is to be done before the memory can go, and in the end let it go."""
+        """Do a little of what is to be done before the memory can go, and in the end let it go; or tidy."""
         if self._wanted is None:
+            if self._tidy_at and self._tidy_at[0] - time.monotonic() <= _EARLY_S:
+                del self._tidy_at[0]
+                self._memory.tidy()
             return
         level = self._wanted.level
         self._memory.prepare(level, self._part, PARTS)
@@ -133,6 +150,7 @@ class Sleeper:
         self._engine.scheduler.blocks.forget_contents()
         self._memory.give_back(level)
         self._level, self._wanted = level, None
+        self._tidy_at = [time.monotonic() + later for later in _TIDY_AFTER_S]
         self._send(Asleep(level))
         if self._held:
             self._wake()
@@ -143,6 +161,7 @@ class Sleeper:
             began = time.monotonic()
             self._memory.take_back()
             self._level = None
+            self._tidy_at.clear()
             self._asked = canary.ask(self._engine), began
         elif not self.is_waking:
             self._send(Awake(0.0))

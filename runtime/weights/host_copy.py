@@ -122,25 +122,18 @@ class HostCopy:
         """
         if self._files is not None:
             self._files.check()
+        for region in self._regions:
+            region.take()
         filled = []
         for _, part in sorted(self._parts.items()):
             end = 0
             for extent, address, is_as_in_file in part.kept():
-                self._take(extent)
                 self._copy(extent, address, extent.chunk if is_as_in_file else None)
                 end = max(end, extent.address + extent.num_bytes)
             if end:
                 self._driver.record(part.filled, self._stream)
                 filled.append(Filled(end, part.filled))
-        for region in self._regions:
-            region.take()
         return filled
-
-    def _take(self, extent: Extent) -> None:
-        """Take the memory up to the end of an extent: what comes behind can be taken while this is filled."""
-        for region in self._regions:
-            if 0 <= extent.address - region.address < region.num_bytes:
-                region.take(extent.address + extent.num_bytes - region.address)
 
     def _copy(self, extent: Extent, address: int, chunk: Chunk | None) -> None:
         """Begin to copy an extent from where its bytes lie close together, or as in the chunk of its file."""

@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 
     import torch
 
-# The arena can be taken in pieces of this size, one while another is filled.
-_PIECE_BYTES = 1 << 30
-
 
 class DeviceWeights:
     """The plan's weights in one arena on the device. Constructing allocates it; `load` fills it.
@@ -38,7 +35,7 @@ class DeviceWeights:
         self.plan = plan
         self._driver = driver
         self.gate = gate
-        self.memory = VirtualMemory(driver, max(1, plan.arena_bytes), _PIECE_BYTES)
+        self.memory = VirtualMemory(driver, max(1, plan.arena_bytes))
         self.address = self.memory.address
         # Those of the files that the arena was filled from.
         self.stamps: dict[Path, Stamp] = {}

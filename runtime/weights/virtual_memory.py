@@ -42,11 +42,10 @@ class _Access(ctypes.Structure):
 class VirtualMemory:
     """Some memory of the driver's device. It is there from the start; its content is undefined.
 
-    `num_bytes` is what was asked for, rounded up to what the device can map. With `piece_bytes`, a multiple
-    of that, the memory is made of pieces, which `take` may be asked for one by one.
+    `num_bytes` is what was asked for, rounded up to what the device can map.
     """
 
-    def __init__(self, driver: Driver, num_bytes: int, piece_bytes: int | None = None) -> None:
+    def __init__(self, driver: Driver, num_bytes: int) -> None:
         self._driver = driver
         device = c_int()
         driver.call("cuCtxGetDevice", byref(device))
@@ -62,35 +61,28 @@ class VirtualMemory:
             c_ulonglong(0),
         )  # fmt: skip
         self.address = address.value
-        self._piece_bytes = piece_bytes or self.num_bytes
-        self._present_bytes = 0
+        self.is_present = False
         self.take()
 
-    def take(self, num_bytes: int | None = None) -> None:
-        """Put memory behind the addresses, or behind the first `num_bytes` of them, unless it is there.
-
-        Raises `CudaError` if there is not enough.
-        """
-        while self._present_bytes < (self.num_bytes if num_bytes is None else num_bytes):
-            size = min(self._piece_bytes, self.num_bytes - self._present_bytes)
-            self._map(self.address + self._present_bytes, size)
-            self._present_bytes += size
-
-    def _map(self, at: int, num_bytes: int) -> None:
-        call, size, address, handle = self._driver.call, c_size_t(num_bytes), c_uint64(at), c_uint64()
+    def take(self) -> None:
+        """Put memory behind the addresses, unless it is there. Raises `CudaError` if there is not enough."""
+        if self.is_present:
+            return
+        call, size, address = self._driver.call, c_size_t(self.num_bytes), c_uint64(self.address)
+        handle = c_uint64()
         call("cuMemCreate", byref(handle), size, byref(self._properties), c_ulonglong(0))
         try:
             call("cuMemMap", address, size, c_size_t(0), handle, c_ulonglong(0))
         finally:
             call("cuMemRelease", handle)  # from here on the mapping holds the memory
         call("cuMemSetAccess", address, size, byref(self._access), c_size_t(1))
+        self.is_present = True
 
     def give_back(self) -> None:
         """Free the memory behind the addresses, if it is there; nothing on the device may be using it."""
-        for at in range(0, self._present_bytes, self._piece_bytes):
-            size = min(self._piece_bytes, self._present_bytes - at)
-            self._driver.call("cuMemUnmap", c_uint64(self.address + at), c_size_t(size))
-        self._present_bytes = 0
+        if self.is_present:
+            self._driver.call("cuMemUnmap", c_uint64(self.address), c_size_t(self.num_bytes))
+            self.is_present = False
 
     def close(self) -> None:
         """Give back the addresses, too."""

@@ -47,13 +47,13 @@ def make(copy, parts, order):
         assert library.fake_left_pinned() == 0
         sys.exit(3)
 """
-# Two regions of 5 and 3 MB, the first of them in pieces.
+# Two regions of 5 and 3 MB.
 COPY = """
 from runtime.weights import host_copy
 from runtime.weights.virtual_memory import VirtualMemory
 
 host_copy._EXTENT_BYTES = 1 << 20
-regions = [VirtualMemory(driver, 5_000_001, 2 << 20), VirtualMemory(driver, 3_000_000)]
+regions = [VirtualMemory(driver, 5_000_001), VirtualMemory(driver, 3_000_000)]
 contents = [os.urandom(region.num_bytes) for region in regions]
 for region, content in zip(regions, contents):
     ctypes.memmove(region.address, content, len(content))
