@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,7 @@ from runtime.kernels.activation import gelu_tanh_mul, silu_mul
 from runtime.kernels.packed_linear import PackedLinear, packed_linear
 
 if TYPE_CHECKING:
+    from runtime.kernels.gpu.hopper.product import WideProduct
     from runtime.kernels.gpu.inboxes import Inboxes
 
 # As `cpu/weights.h` numbers them.
@@ -24,6 +26,8 @@ _MAX_NATIVE_PARTS = 3
 _MAX_GEMV_ROWS = 8
 # But not with these [outputs, inputs], Llama-3-70B's on four H200s.
 _ONE_ROW_ONLY = {(2560, 8192)}
+# So does another one for so many rows of a large gate and up projection, on the GPUs that it is for.
+_WIDE_ROWS = range(33, 257)
 
 
 class LinearWeights:
@@ -59,6 +63,15 @@ class LinearWeights:
         ]
         self._parts = (native.Part * len(parts))(*parts)  # owns what `parts_address` points to
         self.parts_address = ctypes.addressof(self._parts)
+
+    @cached_property
+    def wide(self) -> WideProduct | None:
+        """The product of `_WIDE_ROWS` with a gate and up projection, if this GPU has a kernel for it."""
+        if not self.suits_gemv or self.biases[0] is not None:
+            return None
+        from runtime.kernels.gpu.hopper.product import WideProduct, suits
+
+        return WideProduct(self.weights[0]) if suits(self.weights[0]) else None
 
     @property
     def read_first(self) -> torch.Tensor:
@@ -159,6 +172,8 @@ def silu_linear(x: torch.Tensor, weights: LinearWeights | PackedLinear) -> torch
         return packed_linear(x, weights, with_silu_mul=True)
     if 0 < x.shape[0] <= weights.max_fused_rows:
         return _gated_gemv(x, weights, gelu=False)
+    if x.shape[0] in _WIDE_ROWS and x.dtype == weights.weights[0].dtype and weights.wide is not None:
+        return weights.wide(x, x.new_empty((x.shape[0], weights.out_features // 2)))
     return silu_mul(linear(x, weights))
 
 

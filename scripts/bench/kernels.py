@@ -43,6 +43,8 @@ def main() -> None:
         kind.add_tables(report, limit, options.block_sizes)
     if options.only in (None, "products"):
         (products.add_sweep if options.sweep else products.add_tables)(report, limit)
+        if not options.sweep:
+            products.add_wide_table(report, limit)
     if options.only in (None, "packed") and not options.sweep:
         packed.add_tables(report, limit)
     if options.only in (None, "sampling") and not options.sweep:

@@ -35,7 +35,7 @@ STEPS = 40
 # By what a kernel's name holds; the first that fits counts.
 KINDS = {
     "attention": ("_decode_kernel", "_prefill_kernel"),
-    "products": ("gemm", "nvjet", "cutlass", "splitK", "_row_kernel", "_rows_kernel"),
+    "products": ("gemm", "nvjet", "cutlass", "splitK", "_row_kernel", "_rows_kernel", "product"),
     "sampling": ("scan_kernel", "weigh_kernel", "pick_kernel", "narrow_kernel", "settle_kernel", "adjust_"),
     "norms": ("norm",),
     "rotary and store": ("rotary",),

@@ -126,7 +126,7 @@ def _fingerprint(capability: int) -> str | None:
     if version is None:
         return None
     digest = hashlib.sha256(version[0])
-    for path in sorted(HERE.rglob("*.py")):
+    for path in sorted([*HERE.rglob("*.py"), *HERE.rglob("*.cu")]):
         digest.update(path.relative_to(HERE).as_posix().encode() + b"\0" + path.read_bytes())
     return f"launches-{capability}-{digest.hexdigest()[:32]}"
 

@@ -133,8 +133,8 @@ def kernel(function: Any) -> Any:
 
 def num_compiled() -> int:
     """How many kernels have been compiled in this process, because nothing that was kept had them."""
-    cache = sys.modules.get("runtime.kernels.gpu.cache")
-    return 0 if cache is None else int(cache.num_compiled())
+    names = "runtime.kernels.gpu.cache", "runtime.kernels.gpu.hopper.product"
+    return sum(sys.modules[name].num_compiled() for name in names if name in sys.modules)
 
 
 def cdiv(number: int, divisor: int) -> int:

@@ -26,6 +26,8 @@ from triton.runtime.jit import JITFunction
 
 from runtime.kernels.gpu import binaries, cache, launch
 from runtime.kernels.gpu.binaries import Binary
+from runtime.kernels.gpu.hopper import product
+from runtime.kernels.gpu.hopper.nvrtc import CannotCompile
 
 
 @contextmanager
@@ -59,6 +61,8 @@ def compiling_for(capability: int) -> Iterator[None]:
             mock.patch.object(triton.runtime.build, "_load_module_from_path", _not_loaded),
             mock.patch.object(JITFunction, "run", _compile),
             mock.patch.object(launch.Kernel, "_launch", _compile_only),
+            mock.patch.object(product, "suits", _suits_where_compiled),
+            mock.patch.object(product.WideProduct, "__call__", _product_left_out),
         ):
             from triton.backends.nvidia.driver import CudaUtils
 
@@ -107,6 +111,20 @@ class _Unloaded(ModuleType):
         if name.startswith("__"):
             raise AttributeError(name)
         return mock.MagicMock()
+
+
+def _suits_where_compiled(weight: torch.Tensor) -> bool:
+    """As `product.suits`; what it is about is compiled, if there is what compiles it."""
+    if not product.fits(weight):
+        return False
+    try:
+        return product.num_compiled() > 0 or product.compile_all(weight.dtype) > 0
+    except CannotCompile:
+        return False
+
+
+def _product_left_out(self: product.WideProduct, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    return out
 
 
 def _not_loaded(name: str, path: str) -> ModuleType:

@@ -1,5 +1,5 @@
-"""Products of few rows with the weights of an 8B model's layers, against the speed of memory and against
-torch's own (cuBLAS)."""
+"""Products of few and of dozens of rows with the weights of an 8B model's layers, against the speed of memory
+and of multiplication and against torch's own (cuBLAS)."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from gpu.limits import Limits
 from gpu.timing import L2_FLUSHING_BYTES, replay_seconds
 from runtime.kernels.gpu.activation import silu_mul
 from runtime.kernels.gpu.gemv import GemvConfig, gemv, gemv_config
+from runtime.kernels.linear import LinearWeights, silu_linear
 
 ROWS = (1, 2, 4, 8, 16)
+WIDE_ROWS = (64, 96, 128, 160, 192, 224, 256)
 _POOL_ELEMENTS = 1 << 30
 
 
@@ -122,6 +124,33 @@ def add_tables(report: Report, limits: Limits) -> None:
         ["layer", "rows", "µs", "TB/s", "of limit", "torch, µs", "times torch"],
         table,
     )
+
+
+def add_wide_table(report: Report, limits: Limits) -> None:
+    """Gate and up projections of dozens of rows as the engine computes them."""
+    (layer,) = (layer for layer in LAYERS if layer.gated)
+    weights = Pool().weights(layer)
+    table, data = [], {}
+    for rows in WIDE_ROWS:
+        progress(f"{layer.name}, {rows} rows")
+        ours, torchs = _engines(layer, rows, weights), _torchs(layer, rows, weights)
+        operations = 2 * rows * layer.outputs * layer.inputs
+        limit = max(layer.bytes / limits.read, operations / limits.product)
+        data[f"{layer.name}, {rows} rows"] = {"seconds": ours, "limit": limit, "torch_seconds": torchs}
+        cells = (number(ours * 1e6), number(operations / ours / 1e12), f"{100 * limit / ours:.0f} %")
+        table.append([str(rows), *cells, number(torchs * 1e6), number(torchs / ours)])
+    report.data["wide products"] = data
+    report.add_table(
+        "gate and up of dozens of rows, with SiLU after them",
+        ["rows", "µs", "TFLOP/s", "of limit", "torch, µs", "times torch"],
+        table,
+    )
+
+
+def _engines(layer: Layer, rows: int, weights: list[torch.Tensor]) -> float:
+    x = torch.randn(rows, layer.inputs, device="cuda").bfloat16()
+    known = {weight.data_ptr(): LinearWeights([weight]) for weight in weights}
+    return _seconds(weights, lambda weight: silu_linear(x, known[weight.data_ptr()]))
 
 
 def add_sweep(report: Report, limits: Limits) -> None:
