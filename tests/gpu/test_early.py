@@ -26,7 +26,11 @@ from runtime.kernels.gpu.embedding import embedding
 from runtime.kernels.gpu.gemv import gemv
 from runtime.kernels.gpu.launch import kernel
 from runtime.kernels.gpu.norm import add_rms_norm, head_rms_norm
+from runtime.kernels.gpu.packed_config import TileConfig
+from runtime.kernels.gpu.packed_gemv import packed_gemv
+from runtime.kernels.gpu.packed_tiles import TileWorkspace, packed_tiles
 from runtime.kernels.gpu.rotary import rotary_store
+from tests.runtime.kernels.packed_matrices import random_matrix
 
 pytestmark = pytest.mark.gpu
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 512, 8, 2, 64, 16
@@ -149,6 +153,16 @@ def multiplies(num_rows: int, silu: bool) -> Case:
     return Case(x, out, lambda: gemv(x, weight, out, silu_mul=silu))
 
 
+def multiplies_packed(num_rows: int, kind: str) -> Case:
+    matrix = random_matrix(kind, 2 * HIDDEN, HIDDEN, 128, False, device="cuda")
+    x, out = bf16(num_rows, HIDDEN), bf16(num_rows, 2 * HIDDEN)
+    if num_rows == 1:
+        return Case(x, out, lambda: packed_gemv(x, matrix, out))
+    workspace = TileWorkspace.allocate(1 << 20, 64, "cuda")
+    config = TileConfig(8, 64, 2, 4, 3, whole=5)
+    return Case(x, out, lambda: packed_tiles(x, matrix, out, config, workspace))
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "embedding": embeds,
     "norm": norms,
@@ -165,6 +179,11 @@ CASES: dict[str, Callable[[], Case]] = {
     "gated product of one row": lambda: multiplies(1, silu=True),
     "product of several rows": lambda: multiplies(8, silu=False),
     "gated product of several rows": lambda: multiplies(8, silu=True),
+    "product with 8 bits": lambda: multiplies_packed(1, "int8"),
+    "product with 4 bits": lambda: multiplies_packed(1, "int4"),
+    "product with FP8": lambda: multiplies_packed(1, "fp8"),
+    "product of several rows with 8 bits": lambda: multiplies_packed(8, "int8"),
+    "product of several rows with 4 bits": lambda: multiplies_packed(8, "int4"),
 }
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from runtime.kernels.gpu.activation import silu
+from runtime.kernels.gpu.early import begin, early_launch
 from runtime.kernels.gpu.language import INTERPRETED, tl, triton
 from runtime.kernels.gpu.launch import cdiv, kernel
 from runtime.kernels.gpu.packed_words import per_group, row_start, rows_of, word_shape
@@ -89,6 +90,7 @@ def packed_gemv(
         "HAS_BIAS": bias is not None,
         "GATED": silu_mul,
         "num_warps": config.num_warps,
+        **early_launch(),
     }
     if matrix.bits:
         words = word_shape(matrix)
@@ -140,6 +142,7 @@ def _words_kernel(
     HAS_BIAS: tl.constexpr,
     GATED: tl.constexpr,
     PERMUTE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     RUNS: tl.constexpr = BLOCK_W // RUN
     FIELDS: tl.constexpr = 16 // BITS
@@ -152,6 +155,7 @@ def _words_kernel(
     sums = tl.zeros((RUNS, BLOCK_N), tl.float32)
     # Words come a block ahead: what is under way is what keeps the memory busy.
     ahead = _words(rows_ptr, run, lane, inside, 0, WORDS, half, ROW_BLOCK, BLOCK_W)
+    begin(EARLY)
     for start in tl.static_range(0, WORDS, BLOCK_W):
         words = ahead
         if start + BLOCK_W < WORDS:
@@ -275,8 +279,10 @@ def _bytes_kernel(
     HAS_ZEROS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GATED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     tl.static_assert(not HAS_ZEROS)
+    begin(EARLY)
     outputs = 2 * N if GATED else N
     row, inside = rows_of(tl.program_id(0), N, BLOCK_N, GATED)
     run = tl.arange(0, BLOCK_K // _BYTES_RUN) * _BYTES_RUN

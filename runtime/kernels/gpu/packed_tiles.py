@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from runtime.kernels.gpu.activation import silu
+from runtime.kernels.gpu.early import early_launch, let_next_start, wait
 from runtime.kernels.gpu.language import tl, triton
 from runtime.kernels.gpu.launch import cdiv, kernel
 from runtime.kernels.gpu.packed_config import WORKSPACE_ELEMENTS, WORKSPACE_TILES, TileConfig
@@ -74,6 +75,7 @@ def packed_tiles(
         "GATED": silu_mul,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
+        **early_launch(),
     }
     shape |= word_shape(matrix) | {"PER_SCALE": matrix.fields_per_scale}
     shape["STEP"] = min(config.step, shape["FIELD"])
@@ -134,6 +136,7 @@ def _tile_kernel(
     HAS_BIAS: tl.constexpr,
     GATED: tl.constexpr,
     WIDENING: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     chunks: tl.constexpr = (WORDS + FIELD - 1) // FIELD
     tile, first, last = tl.program_id(0), 0, chunks
@@ -151,6 +154,7 @@ def _tile_kernel(
     values_ptr += row_start(output, WORDS, FIELD, ROW_BLOCK)[:, None]
     x_ptr += row[None, :].to(tl.int64) * K
     wanted = (row < num_rows)[None, :]
+    wait(EARLY)
     if SCALES_FIRST:
         sums = sums_of_scaled(
             x_ptr, values_ptr, scales_ptr, zeros_ptr, output, inside, wanted, first, last, outputs,
@@ -163,6 +167,7 @@ def _tile_kernel(
             K, GROUP, GROUPS, WORDS, FIELD, BITS, ROW_BLOCK, PER_SCALE, BLOCK_M, BLOCK_N, HAS_ZEROS,
             WIDENING,
         )  # fmt: skip
+    let_next_start(EARLY)
     is_last = tile < whole
     if not is_last:
         sums, is_last = _all_shares(
