@@ -9,6 +9,7 @@ from typing import Any
 from handler.flags import CATALOGUE, DOWNLOAD_DIR, MODEL, REVISION, add_flags, add_model, collect, with_model
 from handler.settings import cache_directory, model_spec
 from runtime.weights.sources import ProgressBar, fetch
+from runtime.weights.sources.cache import persist
 
 USAGE = "[MODEL] [FLAGS]"
 DESCRIPTION = """\
@@ -41,5 +42,6 @@ def run(given: dict[str, Any]) -> int:
     spec = model_spec(values)
     with ProgressBar(spec.id) as bar:
         directory = fetch(spec, Path(cache_directory(values)), bar)
+    persist(directory)
     print(directory)
     return 0

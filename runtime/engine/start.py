@@ -29,6 +29,7 @@ from runtime.weights.cuda_driver import Driver
 from runtime.weights.gate import OPEN, Gate
 from runtime.weights.loader import MappedWeights
 from runtime.weights.plan import Plan, check_world_size, make_plan, plan_all
+from runtime.weights.sources.cache import persist_meanwhile
 from runtime.weights.upload import DeviceWeights
 
 if TYPE_CHECKING:
@@ -270,6 +271,8 @@ def start(
         if verification is not None:
             verification.judge()
         raise
+    if verification is None and config.rank == 0:
+        persist_meanwhile(preparation.directory)
     preparation.marks |= {"torch": torch_imported, "ready": marks.since_exec()}
     return engine, _ready(preparation, engine, str(dtype), ranks), sleeper, verification
 

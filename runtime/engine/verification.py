@@ -17,6 +17,7 @@ from runtime.protocol import Event, Mark
 from runtime.weights.gate import OPEN
 from runtime.weights.loader import MappedWeights
 from runtime.weights.sources.arrival import Arrival
+from runtime.weights.sources.cache import persist_meanwhile
 from runtime.weights.sources.landing import Replaced
 from runtime.weights.upload import DeviceWeights
 
@@ -67,3 +68,5 @@ class Verification:
         except FirstlightError as error:
             # The model is here, but the cache has no note of that: the next start asks for it again.
             print(f"firstlight: {error}", file=sys.stderr, flush=True)
+        else:
+            persist_meanwhile(self._arrival.directory)

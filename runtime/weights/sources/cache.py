@@ -8,6 +8,9 @@
 Only whole, verified files ever enter an entry's directory, and its marker is renamed into place last:
 the entry is published when the marker is there. The directory's path never changes, so a tokenizer may
 be loaded from it while the weights still come.
+
+Nobody waits for a disk meanwhile, so what was verified may still be in memory only. The marker holds good
+until the machine goes down, and from `persist` on for longer.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import errno
 import fcntl
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -24,6 +28,7 @@ from urllib.parse import quote
 
 import msgspec
 
+from runtime.weights.sources.boot import boot_id
 from runtime.weights.sources.errors import SourceError
 
 _MARKER = ".firstlight.json"
@@ -43,10 +48,14 @@ def default_cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
 
 
 class Marker(msgspec.Struct):
-    """What a published entry holds: its source and each file's size in bytes."""
+    """What a published entry holds: its source and each file's size in bytes.
+
+    `boot_id` is that of the machine while it is the only one that is known to have the files' content.
+    """
 
     source: str
     files: dict[str, int]
+    boot_id: str = ""
 
 
 class Entry:
@@ -60,18 +69,24 @@ class Entry:
 
     def complete(self) -> bool:
         """Whether the entry is published and its files still have the sizes they were published with."""
-        try:
-            marker = msgspec.json.decode((self.directory / _MARKER).read_bytes(), type=Marker)
-            return all((self.directory / name).stat().st_size == size for name, size in marker.files.items())
-        except (OSError, msgspec.DecodeError):
+        marker = _read_marker(self.directory)
+        if marker is None or marker.boot_id not in ("", boot_id()):
             return False
+        try:
+            return all((self.directory / name).stat().st_size == size for name, size in marker.files.items())
+        except OSError:
+            return False
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether the machine went down after the entry was published, maybe before its disk had it all."""
+        marker = _read_marker(self.directory)
+        return marker is not None and marker.boot_id not in ("", boot_id())
 
     def publish(self, source: str, files: Mapping[str, int], directory: Path | None = None) -> None:
         """Mark the entry as complete; `directory` (default: the entry's own) becomes the entry's."""
         directory = directory or self.directory
-        temporary = directory / (_MARKER + ".new")
-        temporary.write_bytes(msgspec.json.encode(Marker(source, dict(files))))
-        temporary.replace(directory / _MARKER)
+        _write_marker(directory, Marker(source, dict(files), boot_id()))
         if directory != self.directory:
             shutil.rmtree(self.directory, ignore_errors=True)
             directory.rename(self.directory)
@@ -106,6 +121,48 @@ class Entry:
                     on_wait()
                     time.sleep(_POLL_S)
             yield lock.fileno()
+
+
+def persist(directory: Path) -> None:
+    """Wait until a published entry's files are on the disk itself, and note that in its marker.
+
+    Does nothing in a directory that has no marker or cannot be written.
+    """
+    marker = _read_marker(directory)
+    if marker is None or not marker.boot_id:
+        return
+    with suppress(OSError):
+        for path in (*(directory / name for name in marker.files), directory):
+            _sync(path)
+        marker.boot_id = ""
+        _write_marker(directory, marker)
+        _sync(directory)
+
+
+def persist_meanwhile(directory: Path) -> None:
+    """`persist` in a thread, which nobody waits for: if this process ends before, the next one does it."""
+    threading.Thread(target=persist, args=(directory,), name="persist", daemon=True).start()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read_marker(directory: Path) -> Marker | None:
+    try:
+        return msgspec.json.decode((directory / _MARKER).read_bytes(), type=Marker)
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+def _write_marker(directory: Path, marker: Marker) -> None:
+    temporary = directory / f"{_MARKER}.{os.getpid()}.new"
+    temporary.write_bytes(msgspec.json.encode(marker))
+    temporary.replace(directory / _MARKER)
 
 
 def model_dir(cache_dir: Path, kind: str, name: str) -> Path:

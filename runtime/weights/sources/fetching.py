@@ -38,12 +38,15 @@ def bring(remote: Remote, source: str, entry: Entry, on_progress: OnProgress) ->
     with explained(entry.model_dir), entry.locked(lambda: _report_other(entry, on_progress)):
         if not entry.complete():
             entry.sweep()
+            doubtful = entry.is_doubtful
             entry.directory.mkdir(parents=True, exist_ok=True)
             entry.partial.mkdir(exist_ok=True)
             files = [f for f in remote.files if is_small(f.name) or is_weight_candidate(f.name)]
             journal = Journal(entry.partial, files)
             try:
-                chosen = _download(remote, entry, files, journal, on_progress)
+                download = Download(remote, journal, entry.partial, entry.directory)
+                download.drop_damaged(files, doubtful or journal.went_down)
+                chosen = _download(remote, entry, files, journal, download, on_progress)
             finally:
                 journal.close()
             _publish(entry, source, {file.name: file.size for file in chosen}, on_progress)
@@ -61,10 +64,13 @@ def _publish(entry: Entry, source: str, files: dict[str, int], on_progress: OnPr
 
 
 def _download(
-    remote: Remote, entry: Entry, files: list[RemoteFile], journal: Journal, on_progress: OnProgress
+    remote: Remote,
+    entry: Entry,
+    files: list[RemoteFile],
+    journal: Journal,
+    download: Download,
+    on_progress: OnProgress,
 ) -> list[RemoteFile]:
-    download = Download(remote, journal, entry.partial, entry.directory)
-    download.drop_damaged(files)
     chosen = files
     directory: Path | None = None
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 
+from runtime.weights.sources.boot import boot_id
 from runtime.weights.sources.intervals import Intervals
 from runtime.weights.sources.remote import RemoteFile
 
@@ -39,19 +40,21 @@ class Journal:
         """Continue the journal in `directory` if it is of the same files, else begin a new one.
 
         Bytes that were written before the machine last went down may never have reached its disk, so
-        a file without a digest is not continued across a reboot.
+        a file without a digest is not continued across a reboot. `went_down` says that there was one.
         """
         self._directory = directory
-        self._manifest = Manifest(_boot_id(), list(files), [])
+        self._manifest = Manifest(boot_id(), list(files), [])
         self._indices = {file.name: i for i, file in enumerate(files)}
         self._done = [Intervals() for _ in files]
         self._times_forgotten = [0] * len(files)
+        self.went_down = False
         earlier = read_manifest(directory)
         if earlier is not None and earlier.files == self._manifest.files:
             records = Records(directory, len(files))
             records.read_on()
             self._done, self._times_forgotten = records.done, records.times_forgotten
-            if earlier.boot_id != self._manifest.boot_id:
+            self.went_down = earlier.boot_id != self._manifest.boot_id
+            if self.went_down:
                 self._drop_unverifiable()
         else:
             (directory / _RECORDS).unlink(missing_ok=True)
@@ -93,7 +96,7 @@ class Journal:
 
     def _drop_unverifiable(self) -> None:
         for i, file in enumerate(self._manifest.files):
-            if file.sha256 is None and file.git_sha1 is None:
+            if not file.is_verifiable:
                 self._done[i] = Intervals()
         # The new boot id goes into the manifest, so the records must say the same from here on.
         forgotten = [_pack(i, 0, 0) * times for i, times in enumerate(self._times_forgotten)]
@@ -160,10 +163,3 @@ def read_records(directory: Path, count: int) -> list[Intervals]:
 def _pack(index: int, offset: int, length: int) -> bytes:
     body = _BODY.pack(index, offset, length)
     return body + struct.pack("<I", zlib.crc32(body))
-
-
-def _boot_id() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""

@@ -27,6 +27,11 @@ class RemoteFile(msgspec.Struct, frozen=True):
     sha256: str | None = None
     git_sha1: str | None = None
 
+    @property
+    def is_verifiable(self) -> bool:
+        """Whether the source gives a digest of the content."""
+        return self.sha256 is not None or self.git_sha1 is not None
+
 
 class RangeReply(NamedTuple):
     """An answer to a ranged read. `offset` says where in the file `body` begins: a server that knows

@@ -90,11 +90,21 @@ class Download:
         """How many of the file's bytes are on the disk."""
         return file.size if self._in_place(file) else self._journal.done(file.name).total
 
-    def drop_damaged(self, files: Sequence[RemoteFile]) -> None:
-        """Delete files in their final place that have not the size they should have."""
+    def drop_damaged(self, files: Sequence[RemoteFile], doubtful: bool) -> None:
+        """Delete files in their final place that have not the size they should have.
+
+        If they are all `doubtful`, those that have a digest are verified again, and the others come again.
+        """
         for file in files:
+            place = self._final_dir / file.name
             if not self._in_place(file):
-                (self._final_dir / file.name).unlink(missing_ok=True)
+                place.unlink(missing_ok=True)
+            elif doubtful and file.is_verifiable:
+                place.replace(self._partial_dir / file.name)
+                self._journal.append(file.name, 0, file.size)
+                self._journal.done(file.name).add(0, file.size)
+            elif doubtful:
+                place.unlink()
 
     def run(self, files: Sequence[RemoteFile], report: Callable[[], None]) -> None:
         """Bring all `files` to their final place; `report` is called a few times a second.
