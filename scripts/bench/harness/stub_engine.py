@@ -56,7 +56,7 @@ def serve(engine: StubEngine, connection: socket.socket, channel: Channel, step_
         wait = max(0.0, due - time.monotonic()) if engine.left else None
         if select.select([connection], [], [], wait)[0]:
             new = []
-            for command in channel.receive(wait=False):
+            for command in channel.receive(patience=0.0):
                 match command:
                     case Submit():
                         engine.left[command.request_id] = command.sampling.max_tokens
