@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 
-from runtime.engine.device import FindingDevice
+from runtime.engine.gpu.finding import FindingDevice
 from runtime.engine.pace import hurry
 
 

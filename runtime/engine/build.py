@@ -10,9 +10,9 @@ import torch
 
 from runtime.engine.blocks import BlockManager
 from runtime.engine.core import Engine
-from runtime.engine.grammar import Grammars
-from runtime.engine.host_memory import HostMemory
-from runtime.engine.host_runner import HostRunner
+from runtime.engine.cpu.memory import HostMemory
+from runtime.engine.cpu.runner import HostRunner
+from runtime.engine.grammar.grammars import Grammars
 from runtime.engine.memory import block_bytes, cpu_num_blocks, working_bytes
 from runtime.engine.scheduler import Scheduler
 from runtime.engine.sleeper import Memory
@@ -93,8 +93,8 @@ def build_engine(
         if isinstance(memory, HostMemory):
             memory.note_pool(tensor for layer in runner.cache for tensor in (layer.keys, layer.values))
     else:
-        from runtime.engine.device_memory import DeviceMemory
-        from runtime.engine.device_runner import DeviceRunner
+        from runtime.engine.gpu.memory import DeviceMemory
+        from runtime.engine.gpu.runner import DeviceRunner
 
         assert isinstance(memory, DeviceMemory)
         decoder.before = memory.wait_for_weights

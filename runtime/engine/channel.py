@@ -7,8 +7,8 @@ import select
 import socket
 import threading
 
-from runtime.engine.compiling import Compiling
-from runtime.engine.grammar import Grammars
+from runtime.engine.grammar.compiling import Compiling
+from runtime.engine.grammar.grammars import Grammars
 from runtime.protocol import Command, Event, FrameReader, decode_command, encode_frame
 
 _READ_BYTES = 1 << 18

@@ -7,13 +7,13 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import chain
 
-from runtime.engine.constraint import Constraint
-from runtime.engine.grammar import GrammarError, Grammars
-from runtime.engine.masks import Masks
+from runtime.engine.grammar.constraint import Constraint
+from runtime.engine.grammar.grammars import GrammarError, Grammars
+from runtime.engine.grammar.masks import Masks
+from runtime.engine.grammar.token_rules import TokenRules, mask_words
 from runtime.engine.scheduler import Scheduled, Scheduler
 from runtime.engine.sequence import Sequence
 from runtime.engine.step import Launched, Runner
-from runtime.engine.token_rules import TokenRules, mask_words
 from runtime.protocol import EngineStats, SamplingParams, StepOutput, Submit, TokenDelta, TokenLogprobs
 
 

@@ -26,8 +26,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from runtime.catalogue import find_catalogue, load_catalogue
 from runtime.engine.deferred import import_the_rest
-from runtime.engine.imagined_weights import imagined_weights
-from runtime.engine.request_table import RequestTable
+from runtime.engine.gpu.imagined_weights import imagined_weights
+from runtime.engine.gpu.request_table import RequestTable
 from runtime.engine.step_parts import MIN_ROWS_IN_HALVES
 from runtime.errors import FirstlightError
 from runtime.kernels.batch import DeviceBatch

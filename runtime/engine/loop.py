@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from runtime import marks
 from runtime.engine.channel import Channel
-from runtime.engine.compiling import Compiling
 from runtime.engine.core import Engine
+from runtime.engine.grammar.compiling import Compiling
 from runtime.engine.idle_work import IdleWork
 from runtime.engine.sleeper import Sleeper
 from runtime.engine.turns import FollowingChannel, FollowingCompiling, LeadingChannel

@@ -8,7 +8,7 @@ import socket
 import sys
 
 from runtime.engine.channel import Channel
-from runtime.engine.device import FindingDevice
+from runtime.engine.gpu.finding import FindingDevice
 from runtime.engine.pace import settle
 from runtime.engine.start import start
 from runtime.engine.turns import FollowingChannel, LeadingChannel

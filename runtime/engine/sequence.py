@@ -8,7 +8,7 @@ from runtime.engine.blocks import BlockTable
 from runtime.protocol import Submit, TokenLogprobs
 
 if TYPE_CHECKING:
-    from runtime.engine.constraint import Constraint
+    from runtime.engine.grammar.constraint import Constraint
     from runtime.engine.penalties import PenaltyState
 
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from runtime import marks
 from runtime.engine.deferred import import_torch, native_parts
-from runtime.engine.device import FindingDevice
-from runtime.engine.products import Products
+from runtime.engine.gpu.finding import FindingDevice
+from runtime.engine.gpu.products import Products
 from runtime.engine.verification import Verification
 from runtime.errors import FirstlightError
 from runtime.kernels import native
@@ -34,7 +34,7 @@ from runtime.weights.upload import DeviceWeights
 
 if TYPE_CHECKING:
     from runtime.engine.core import Engine
-    from runtime.engine.opening import Opening
+    from runtime.engine.gpu.opening import Opening
     from runtime.engine.sleeper import Memory, Sleeper
     from runtime.weights.sources.arrival import Arrival
 
@@ -246,7 +246,7 @@ def start(
         preparation.meet()
         group = enter(ranks, preparation.driver, _PATIENCE * config.stuck_after_s)
     if opening is not None:
-        importlib.import_module("runtime.engine.device_runner")  # while weights are on their way
+        importlib.import_module("runtime.engine.gpu.runner")  # while weights are on their way
     preparation.finish()
     preparation.end_products()  # the memory that they take is counted from here on
     if ranks is not None and len(set(ranks.control.exchange(preparation.directory.name))) > 1:
@@ -281,7 +281,7 @@ def _open(config: EngineConfig, finding: FindingDevice) -> Opening | None:
     """Begin to enter the GPU, if there is one."""
     if config.device == "cpu" or not finding.found():
         return None
-    from runtime.engine.opening import Opening
+    from runtime.engine.gpu.opening import Opening
 
     opening = Opening()
     opening.start()
@@ -331,10 +331,10 @@ def _memory(preparation: Preparation, num_ranks: int) -> Memory:
     """What comes and goes with sleep."""
     weights, driver = preparation.weights, preparation.driver
     if driver is None:
-        from runtime.engine.host_memory import HostMemory
+        from runtime.engine.cpu.memory import HostMemory
 
         assert isinstance(weights, MappedWeights)
         return HostMemory(weights)
-    from runtime.engine.device_memory import DeviceMemory
+    from runtime.engine.gpu.memory import DeviceMemory
 
     return DeviceMemory(driver, weights if isinstance(weights, DeviceWeights) else None, num_ranks)

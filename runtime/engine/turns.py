@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable
 import msgspec
 
 from runtime.engine.channel import Channel
-from runtime.engine.compiling import Compiling
-from runtime.engine.grammar import Grammars
+from runtime.engine.grammar.compiling import Compiling
+from runtime.engine.grammar.grammars import Grammars
 from runtime.engine.watchdog import Watchdog
 from runtime.parallel.control import ParallelError
 from runtime.parallel.ranks import Ranks

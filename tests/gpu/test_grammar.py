@@ -12,12 +12,12 @@ if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
 
 from runtime.engine.core import Engine
-from runtime.engine.device_runner import DeviceRunner
+from runtime.engine.gpu.runner import DeviceRunner
 from runtime.text.tokenizer import Tokenizer
 from tests.conftest import CONFIG, write_tokenizer
 from tests.gpu.test_engine import SHAPE, engine_of
+from tests.runtime.engine.grammar.test_grammars import SOURCES, answers, check, request
 from tests.runtime.engine.test_against_transformers import make_engine, save_random_llama
-from tests.runtime.engine.test_grammar import SOURCES, answers, check, request
 
 pytestmark = pytest.mark.gpu
 

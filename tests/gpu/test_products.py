@@ -11,7 +11,7 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
 
-from runtime.engine import products
+from runtime.engine.gpu import products
 from runtime.weights.checkpoint import TensorInfo
 from runtime.weights.cuda_driver import Driver
 from runtime.weights.plan import plan_all

@@ -17,7 +17,7 @@ from handler.openai.reply.formats import CALL_FORMATS, CallFormat
 from handler.openai.reply.grammar import Thinking, reply_grammar
 from handler.openai.reply.reader import ReplyReader
 from handler.openai.reply.reasoning import Reasoning
-from runtime.engine.grammar import Grammars
+from runtime.engine.grammar.grammars import Grammars
 from runtime.errors import RequestError
 from runtime.protocol import Grammar
 from runtime.text import grammar

@@ -127,7 +127,7 @@ def make_engine(task: Task, directory: Path, ranks: Ranks | None) -> tuple[Engin
     from runtime.catalogue import ModelSpec
     from runtime.engine import canary
     from runtime.engine.build import build_engine
-    from runtime.engine.device_memory import DeviceMemory
+    from runtime.engine.gpu.memory import DeviceMemory
     from runtime.model.families import ForeignModel, read_model
     from runtime.protocol import EngineConfig
     from runtime.weights.cuda_driver import Driver
@@ -273,8 +273,8 @@ def main() -> None:
     import torch  # noqa: F401
 
     import runtime.engine.build
-    import runtime.engine.device_memory
-    import runtime.engine.device_runner  # noqa: F401
+    import runtime.engine.gpu.memory
+    import runtime.engine.gpu.runner  # noqa: F401
 
     if line := sys.stdin.readline():
         ranks = ranks_of(sys.argv[1:])

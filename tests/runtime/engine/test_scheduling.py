@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from runtime.engine.blocks import BlockManager
 from runtime.engine.core import Engine
-from runtime.engine.grammar import Grammars
+from runtime.engine.grammar.grammars import Grammars
 from runtime.engine.scheduler import Scheduled, Scheduler
 from runtime.engine.step import StepResult, TokenMasks
 from runtime.protocol import SamplingParams, Submit

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from runtime.engine.host_runner import HostRunner
+from runtime.engine.cpu.runner import HostRunner
 from runtime.engine.scheduler import Scheduled
 from runtime.engine.step_parts import StepPart
 from runtime.kernels.batch import PackedBatch

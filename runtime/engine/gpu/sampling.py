@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from runtime.engine.request_table import RequestTable
+from runtime.engine.gpu.request_table import RequestTable
+from runtime.engine.gpu.staging import to_device
+from runtime.engine.grammar.token_rules import mask_words
 from runtime.engine.sequence import Sequence
-from runtime.engine.staging import to_device
 from runtime.engine.step import TokenMasks
-from runtime.engine.token_rules import mask_words
 from runtime.kernels.gpu.sampling.mask import RowMasks
 from runtime.kernels.gpu.sampling.parameters import (
     RECORD_WORDS,

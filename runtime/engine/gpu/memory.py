@@ -17,7 +17,7 @@ from weakref import WeakSet
 
 import torch
 
-from runtime.engine.arriving import Arriving
+from runtime.engine.gpu.arriving import Arriving
 from runtime.engine.memory import pinnable_bytes
 from runtime.engine.pace import uncollected
 from runtime.protocol import SleepLevel

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from runtime.engine.core import Engine
-from runtime.engine.grammar import Grammars
+from runtime.engine.grammar.grammars import Grammars
 from runtime.protocol import Grammar, SamplingParams, Submit
 from runtime.text import grammar as grammars_of
-from tests.runtime.engine.test_grammar import VOCAB, answers, make_engine
+from tests.runtime.engine.grammar.test_grammars import VOCAB, answers, make_engine
 
 ALLOWED = (5, 40, 41, 42)
 BAD_WORDS = ((40, 41), (41, 42, 40), (5, 5, 5, 5), (42, 42, 41))

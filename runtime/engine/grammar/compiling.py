@@ -6,7 +6,7 @@ import queue
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from runtime.engine.grammar import Grammars
+from runtime.engine.grammar.grammars import Grammars
 from runtime.protocol import Submit
 
 if TYPE_CHECKING:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from runtime.engine.token_rules import BITS, TokenRules
+from runtime.engine.grammar.token_rules import BITS, TokenRules
 
 if TYPE_CHECKING:
     import torch
 
-    from runtime.engine.compilations import Copy
+    from runtime.engine.grammar.compilations import Copy
     from runtime.engine.sequence import Sequence
 
 

@@ -9,14 +9,14 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.engine.compilations import Compilations, Copy
+from runtime.engine.grammar.compilations import Compilations, Copy
 from runtime.errors import FirstlightError
 from runtime.protocol import Grammar
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
-    from runtime.engine.vocabulary import Vocabulary
+    from runtime.engine.grammar.vocabulary import Vocabulary
 
 _MAX_KEPT = 64
 _MAX_MESSAGE = 1000
@@ -122,7 +122,7 @@ class Grammars:
     def _try(self, source: str) -> str | None:
         """What is wrong with a grammar, as far as shows without the model's vocabulary."""
         try:
-            from runtime.engine.trial import Trial
+            from runtime.engine.grammar.trial import Trial
 
             if not hasattr(self._mine, "trial"):
                 self._mine.trial = Trial(self._vocab_size, self._read().special)
@@ -136,7 +136,7 @@ class Grammars:
         try:
             from llguidance import LLMatcher
 
-            from runtime.engine.trial import limits
+            from runtime.engine.grammar.trial import limits
 
             tokens = self._read().tokens
             began = time.thread_time()
@@ -178,7 +178,7 @@ class Grammars:
     def _read_part(self) -> Vocabulary | None:
         """The vocabulary, unless that was only a part of it."""
         if self._parts is None:
-            from runtime.engine.vocabulary import read_vocabulary
+            from runtime.engine.grammar.vocabulary import read_vocabulary
 
             self._parts = read_vocabulary(self._directory, self._vocab_size)
         if self._vocabulary is None:

@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from runtime.engine.arriving import Arriving
+from runtime.engine.gpu.arriving import Arriving
 from runtime.model.families import read_model
 from runtime.weights.checkpoint import read_checkpoint
 from runtime.weights.cuda_driver import Driver

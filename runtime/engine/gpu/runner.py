@@ -13,15 +13,15 @@ from functools import partial
 import numpy as np
 import torch
 
-from runtime.engine.device_memory import DeviceMemory
-from runtime.engine.device_results import Drawn, Scores, UnderWay, to_host
-from runtime.engine.device_sampling import DeviceSampler
+from runtime.engine.gpu.memory import DeviceMemory
+from runtime.engine.gpu.request_table import BlockUpdate, RequestTable
+from runtime.engine.gpu.results import Drawn, Scores, UnderWay, to_host
+from runtime.engine.gpu.sampling import DeviceSampler
+from runtime.engine.gpu.staging import Staging, to_device
 from runtime.engine.graphs import DecodeGraphs
 from runtime.engine.memory import decode_bytes
-from runtime.engine.request_table import BlockUpdate, RequestTable
 from runtime.engine.scheduler import Scheduled
 from runtime.engine.sequence import Sequence
-from runtime.engine.staging import Staging, to_device
 from runtime.engine.step import TokenMasks
 from runtime.engine.step_parts import MIN_ROWS_IN_HALVES, PART_ARRAYS, StepPart
 from runtime.kernels.batch import DeviceBatch

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from runtime.engine.host_decode import DecodeTapes
+from runtime.engine.cpu.decode import DecodeTapes
 from runtime.engine.sampler import sample, token_logprobs
 from runtime.engine.scheduler import Scheduled
 from runtime.engine.sequence import Sequence

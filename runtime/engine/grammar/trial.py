@@ -1,9 +1,9 @@
 """Whether a grammar can be compiled at all: found out in a process of its own, which may come to grief.
 
 A few lines can ask for a compiler's whole memory, for hours of its time, or for more of its stack than
-there is. `python -m runtime.engine.trial` compiles what it reads, a JSON string a line, and answers each with
-a line: what is wrong with it, or null. Its first line says how many tokens there are and which are special:
-grammars may name those, and no others.
+there is. `python -m runtime.engine.grammar.trial` compiles what it reads, a JSON string a line, and answers
+each with a line: what is wrong with it, or null. Its first line says how many tokens there are and which
+are special: grammars may name those, and no others.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ class Trial:
         lines: list[object] = [source]
         if self._process is None or self._process.poll() is not None:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "runtime.engine.trial"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+                [sys.executable, "-m", "runtime.engine.grammar.trial"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
             )
             lines = [self._vocabulary, source]
         process = self._process

@@ -19,7 +19,7 @@ import pytest
 
 from runtime.engine.blocks import BlockManager
 from runtime.engine.core import Engine
-from runtime.engine.grammar import GrammarError, Grammars
+from runtime.engine.grammar.grammars import GrammarError, Grammars
 from runtime.engine.scheduler import Scheduled, Scheduler
 from runtime.engine.sequence import Sequence
 from runtime.engine.step import StepResult, TokenMasks

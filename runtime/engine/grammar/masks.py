@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from runtime.engine.constraint import Constraint
+from runtime.engine.grammar.constraint import Constraint
+from runtime.engine.grammar.token_rules import BITS, mask_words
 from runtime.engine.step import TokenMasks
-from runtime.engine.token_rules import BITS, mask_words
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llguidance import LLTokenizer
 
-from runtime.engine.grammar import GrammarError, Grammars
-from runtime.engine.vocabulary import Vocabulary, read_vocabulary
+from runtime.engine.grammar.grammars import GrammarError, Grammars
+from runtime.engine.grammar.vocabulary import Vocabulary, read_vocabulary
 from runtime.protocol import Grammar
 from runtime.text import grammar
 from runtime.text.detokenizer import Detokenizer
