@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from handler.openai.reply.formats import CALL_FORMATS
@@ -193,6 +193,7 @@ def test_any_text_in_three_pieces(name: str, cut: tuple[str, list[str]]) -> None
 
 @pytest.mark.parametrize("name", CALL_FORMATS)
 @given(st.dictionaries(st.text(), st.recursive(st.none() | st.text() | st.integers(), st.lists)))
+@example({"```": "```\n```"})
 @settings(max_examples=25, deadline=None)
 def test_any_arguments_arrive(name: str, arguments: dict[str, Any]) -> None:
     said = json.dumps(arguments)

@@ -17,7 +17,8 @@ from handler.openai.reply.json_call import CallWriter
 from handler.openai.reply.said import Said
 
 _JSON_NAMES = {"true": True, "false": False, "null": None}
-_CODE = re.compile(r"```(?:python)?\s*\n(.*?)(?:```|\Z)", re.DOTALL)
+# An argument may have a fence in it, but no line of a call begins with one.
+_CODE = re.compile(r"```(?:python)?\s*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL)
 
 
 class ChatGlm3Calls:
@@ -70,7 +71,8 @@ def _arguments(text: str) -> str | None:
     """The keyword arguments of the call in a piece of Python, as JSON; None if there is no such call."""
     code = _CODE.search(text)
     try:
-        tree = ast.parse((code[1] if code else text).strip(), mode="eval")
+        expression = code[1].strip().removesuffix("```") if code else text.strip()
+        tree = ast.parse(expression, mode="eval")
         call = _Constants().visit(tree).body
         if not isinstance(call, ast.Call) or call.args:
             return None
