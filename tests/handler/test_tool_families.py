@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from handler.openai.reply.formats import CALL_FORMATS, call_format
@@ -71,6 +71,7 @@ class TestRecognised:
 class TestReadBack:
     @pytest.mark.parametrize("name", SHOWN)
     @given(calls=st.lists(st.tuples(st.sampled_from(["weather", "add"]), arguments), min_size=1, max_size=2))
+    @example(calls=[("weather", {"from": "Rome", "if": None})])
     @settings(max_examples=25, deadline=None)
     def test_what_the_template_shows(self, name: str, calls: list[tuple[str, dict[str, Any]]]) -> None:
         source, before, behind, several = SHOWN[name]

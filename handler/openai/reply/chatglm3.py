@@ -9,8 +9,11 @@ tool_call(city='Beijing')
 from __future__ import annotations
 
 import ast
+import io
+import itertools
 import json
 import re
+import tokenize
 from collections.abc import Collection
 
 from handler.openai.reply.json_call import CallWriter
@@ -70,12 +73,21 @@ class _Constants(ast.NodeTransformer):
 def _arguments(text: str) -> str | None:
     """The keyword arguments of the call in a piece of Python, as JSON; None if there is no such call."""
     code = _CODE.search(text)
+    expression = code[1].strip().removesuffix("```") if code else text.strip()
     try:
-        expression = code[1].strip().removesuffix("```") if code else text.strip()
-        tree = ast.parse(expression, mode="eval")
+        tree = ast.parse(_with_any_names(expression).strip(), mode="eval")
         call = _Constants().visit(tree).body
-        if not isinstance(call, ast.Call) or call.args:
+        if not isinstance(call, ast.Call) or call.args or any(item.arg is None for item in call.keywords):
             return None
-        return json.dumps({str(item.arg): ast.literal_eval(item.value) for item in call.keywords})
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        return json.dumps({str(item.arg)[1:]: ast.literal_eval(item.value) for item in call.keywords})
+    except (ValueError, TypeError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError):
         return None
+
+
+def _with_any_names(expression: str) -> str:
+    """The expression with `_` before the name of each argument: a tool may call one `from` or `class`."""
+    tokens = [(each.type, each.string) for each in tokenize.generate_tokens(io.StringIO(expression).readline)]
+    for index, ((kind, name), (_, following)) in enumerate(itertools.pairwise(tokens)):
+        if kind == tokenize.NAME and following == "=":
+            tokens[index] = kind, f"_{name}"
+    return tokenize.untokenize(tokens)
