@@ -133,10 +133,13 @@ def start(
     server = uvicorn.Server(
         uvicorn.Config(app, http=Connection, lifespan="on", log_config=None, timeout_graceful_shutdown=1)
     )
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[sock])))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[sock])), daemon=True)
     thread.start()
     running.append((server, thread))
     return Server(engine, chosen, port, stop=lambda: setattr(server, "should_exit", True))
+
+
+_ENDS_WITHIN_S = 20
 
 
 @contextmanager
@@ -148,7 +151,8 @@ def starter(directory: Path) -> Iterator[Callable[..., Server]]:
         for server, _ in running:
             server.should_exit = True
         for _, thread in running:
-            thread.join()
+            # How a server ends is tested with processes; one that is slow at it is not waited for here.
+            thread.join(_ENDS_WITHIN_S)
 
 
 @pytest.fixture
