@@ -57,6 +57,11 @@ class Marker(msgspec.Struct):
     files: dict[str, int]
     boot_id: str = ""
 
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether the machine went down since, maybe before its disk had it all."""
+        return self.boot_id not in ("", boot_id())
+
 
 class Entry:
     """One version of one model in the cache. `name` and `version` must be valid file names."""
@@ -70,7 +75,7 @@ class Entry:
     def complete(self) -> bool:
         """Whether the entry is published and its files still have the sizes they were published with."""
         marker = _read_marker(self.directory)
-        if marker is None or marker.boot_id not in ("", boot_id()):
+        if marker is None or marker.is_doubtful:
             return False
         try:
             return all((self.directory / name).stat().st_size == size for name, size in marker.files.items())
@@ -79,9 +84,9 @@ class Entry:
 
     @property
     def is_doubtful(self) -> bool:
-        """Whether the machine went down after the entry was published, maybe before its disk had it all."""
+        """Whether the entry was published, and the machine went down after that."""
         marker = _read_marker(self.directory)
-        return marker is not None and marker.boot_id not in ("", boot_id())
+        return marker is not None and marker.is_doubtful
 
     def publish(self, source: str, files: Mapping[str, int], directory: Path | None = None) -> None:
         """Mark the entry as complete; `directory` (default: the entry's own) becomes the entry's."""

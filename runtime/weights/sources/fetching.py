@@ -44,9 +44,8 @@ def bring(remote: Remote, source: str, entry: Entry, on_progress: OnProgress) ->
             files = [f for f in remote.files if is_small(f.name) or is_weight_candidate(f.name)]
             journal = Journal(entry.partial, files)
             try:
-                download = Download(remote, journal, entry.partial, entry.directory)
-                download.drop_damaged(files, doubtful or journal.went_down)
-                chosen = _download(remote, entry, files, journal, download, on_progress)
+                doubtful = doubtful or journal.went_down
+                chosen = _download(remote, entry, files, journal, doubtful, on_progress)
             finally:
                 journal.close()
             _publish(entry, source, {file.name: file.size for file in chosen}, on_progress)
@@ -68,9 +67,11 @@ def _download(
     entry: Entry,
     files: list[RemoteFile],
     journal: Journal,
-    download: Download,
+    doubtful: bool,
     on_progress: OnProgress,
 ) -> list[RemoteFile]:
+    download = Download(remote, journal, entry.partial, entry.directory)
+    download.drop_damaged(files, doubtful)
     chosen = files
     directory: Path | None = None
 
